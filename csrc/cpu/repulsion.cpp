@@ -1,0 +1,261 @@
+// The three operations on CPU tensors: checks, memory and threads around the kernels of repulsion.h.
+// Their schemas are defined in forde_fast/operators.py.
+#include <ATen/Dispatch.h>
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <pybind11/pybind11.h>
+#include <torch/library.h>
+
+#include <cmath>
+#include <tuple>
+#include <vector>
+
+#include "../repulsion.h"
+
+namespace forde_fast {
+namespace {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+bool has_avx2() {
+#if defined(__x86_64__)
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#else
+  return false;
+#endif
+}
+
+const Kernels& kernels_for(at::ScalarType type) {
+  const Input input = type == at::kFloat      ? Input::kFloat32
+                      : type == at::kBFloat16 ? Input::kBFloat16
+                                              : Input::kFloat64;
+#if defined(__x86_64__)
+  if (has_avx2()) return avx2_kernels(input);
+#endif
+  return portable_kernels(input);
+}
+
+at::ScalarType computing_type(const Tensor& particles) { return particles.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
+
+// The rows of a call: particles [Mi, G, D], others [Mj, G, D] or none, product [N - 1, G, D] or none.
+struct Rows {
+  Tensor particles, others, product;
+  int64_t moving, rows, groups, columns;
+  const Kernels& kernels;
+
+  Rows(const Tensor& p, const OptionalTensor& o, const OptionalTensor& w)
+      : particles(dense(p)), others(o ? dense(*o) : Tensor()), product(w ? w->contiguous() : Tensor()),
+        moving(p.size(0)), rows(moving + (o ? o->size(0) : 0)), groups(p.size(1)), columns(p.size(2)),
+        kernels(forde_fast::kernels_for(p.scalar_type())) {
+    const auto type = p.scalar_type();
+    TORCH_CHECK(type == at::kFloat || type == at::kBFloat16 || type == at::kDouble,
+                "particles: expected float32, float64 or bfloat16, got ", type);
+    if (o) {
+      TORCH_CHECK(o->scalar_type() == type, "others: expected ", type, " as particles, got ", o->scalar_type());
+      TORCH_CHECK(o->dim() == 3 && o->size(1) == groups && o->size(2) == columns,
+                  "others: expected [N, G, D] with the particles' G and D, got ", o->sizes());
+    }
+    if (w) {
+      TORCH_CHECK(w->scalar_type() == computing_type(p), "product: expected ", computing_type(p), ", got ", w->scalar_type());
+      TORCH_CHECK(w->sizes() == at::IntArrayRef({rows - 1, groups, columns}),
+                  "product: expected [N - 1, G, D], got ", w->sizes());
+    }
+  }
+
+  static Tensor dense(const Tensor& t) {
+    TORCH_CHECK(t.dim() == 3, "particles: expected [M, G, D], got ", t.sizes());
+    return t.size(2) == 1 || t.stride(2) == 1 ? t : t.contiguous();
+  }
+
+  int64_t repelling() const { return others.defined() ? rows - moving : rows; }
+
+  // Pointers to the rows of sample g; `at` also takes the norms.
+  struct Pointers {
+    std::vector<const void*> values, product;
+  };
+
+  Sample sample(int64_t g, const double* inverse_norm, Pointers& to) const {
+    to.values.resize(rows);
+    const auto size = particles.element_size();
+    for (int64_t n = 0; n < rows; ++n) {
+      const Tensor& source = n < moving ? particles : others;
+      const int64_t row = n < moving ? n : n - moving;
+      to.values[n] = static_cast<const char*>(source.const_data_ptr()) + (row * source.stride(0) + g * source.stride(1)) * size;
+    }
+    if (product.defined()) {
+      to.product.resize(rows - 1);
+      for (int64_t n = 0; n + 1 < rows; ++n)
+        to.product[n] = static_cast<const char*>(product.const_data_ptr()) + (n * groups + g) * columns * product.element_size();
+    }
+    return {rows, moving, to.values.data(), product.defined() ? to.product.data() : nullptr, inverse_norm};
+  }
+
+  // Few samples are split into ranges of columns, so that all threads have work; a range is whole tiles.
+  int64_t splits() const {
+    const int64_t wanted = (4 * at::get_num_threads() + groups - 1) / groups;
+    return groups >= 4 * at::get_num_threads() ? 1 : std::max<int64_t>(1, std::min(wanted, columns / 4096));
+  }
+
+  template <class F>
+  void each(int64_t splits, const F& f) const {  // f(g, split, begin, end)
+    const int64_t step = ((columns + splits - 1) / splits + 255) / 256 * 256;
+    at::parallel_for(0, groups * splits, 1, [&](int64_t from, int64_t to) {
+      for (int64_t item = from; item < to; ++item) {
+        const int64_t g = item / splits, split = item % splits;
+        f(g, split, std::min(columns, split * step), std::min(columns, (split + 1) * step));
+      }
+    });
+  }
+};
+
+void to_inverse_norm(std::vector<double>& squares, double eps) {
+  for (double& x : squares) x = 1 / std::sqrt(x + eps);
+}
+
+// r [G][N] where the columns are split; where they are not, each item finds its own while its rows are in cache.
+struct Norms {
+  const Rows& rows;
+  const bool normalize;
+  const double eps;
+  std::vector<std::vector<double>> known;
+
+  Norms(const Rows& rows, int64_t splits, bool normalize, double eps) : rows(rows), normalize(normalize), eps(eps) {
+    if (splits == 1 || !normalize) return;
+    std::vector<double> partial(rows.groups * splits * rows.rows);
+    rows.each(splits, [&](int64_t g, int64_t split, int64_t begin, int64_t end) {
+      Rows::Pointers pointers;
+      rows.kernels.squares(rows.sample(g, nullptr, pointers), begin, end, &partial[(g * splits + split) * rows.rows]);
+    });
+    known.assign(rows.groups, std::vector<double>(rows.rows));
+    for (int64_t g = 0; g < rows.groups; ++g) {
+      for (int64_t split = 0; split < splits; ++split)
+        for (int64_t n = 0; n < rows.rows; ++n) known[g][n] += partial[(g * splits + split) * rows.rows + n];
+      to_inverse_norm(known[g], eps);
+    }
+  }
+
+  std::vector<double> of(int64_t g) const {
+    if (!known.empty()) return known[g];
+    if (!normalize) return std::vector<double>(rows.rows, 1.0);
+    std::vector<double> r(rows.rows);
+    Rows::Pointers pointers;
+    rows.kernels.squares(rows.sample(g, nullptr, pointers), 0, rows.columns, r.data());
+    to_inverse_norm(r, eps);
+    return r;
+  }
+};
+
+Tensor contrasts(const Tensor& particles, const OptionalTensor& others, bool normalize, double eps) {
+  const Rows rows(particles, others, std::nullopt);
+  Tensor z = at::empty({rows.rows - 1, rows.groups, rows.columns}, particles.options().dtype(computing_type(particles)));
+  const int64_t splits = rows.splits(), bytes = rows.columns * z.element_size();
+  const Norms norms(rows, splits, normalize, eps);
+  rows.each(splits, [&](int64_t g, int64_t, int64_t begin, int64_t end) {
+    Rows::Pointers pointers;
+    const auto r = norms.of(g);
+    std::vector<void*> out(rows.rows - 1);
+    for (int64_t n = 0; n + 1 < rows.rows; ++n)
+      out[n] = static_cast<char*>(z.mutable_data_ptr()) + (n * rows.groups + g) * bytes;
+    rows.kernels.contrasts(rows.sample(g, r.data(), pointers), begin, end, out.data());
+  });
+  return z;
+}
+
+// Sums over the columns of sample g -> distances and alignment [Mi, Mj, G].
+template <class T>
+void store_pairs(const Rows& rows, int64_t g, const double* d, const double* e, T* distances, T* alignment) {
+  const int64_t repelling = rows.repelling();
+  const bool among = !rows.others.defined();
+  for (int64_t i = 0; i < rows.moving; ++i)
+    for (int64_t j = 0; j < repelling; ++j) {
+      const bool mirrored = among && j < i;  // (q_j - q_i) s_j = d_ij - (q_i - q_j) s_i
+      const int64_t from = mirrored ? j * repelling + i : i * repelling + j, to = (i * repelling + j) * rows.groups + g;
+      distances[to] = T(d[from] < 0 ? 0 : d[from]);  // NaN stays NaN
+      alignment[to] = T(mirrored ? d[from] - e[from] : e[from]);
+    }
+}
+
+std::tuple<Tensor, Tensor, Tensor> pair_distances(const Tensor& particles, const OptionalTensor& others,
+                                                  const OptionalTensor& product, bool normalize, double eps) {
+  const Rows rows(particles, others, product);
+  const auto options = particles.options().dtype(computing_type(particles));
+  Tensor distances = at::empty({rows.moving, rows.repelling(), rows.groups}, options), alignment = at::empty_like(distances);
+  Tensor inverse_norm = at::empty({rows.rows, rows.groups}, options);
+  const int64_t splits = rows.splits(), pairs = rows.moving * rows.repelling();
+  const Norms norms(rows, splits, normalize, eps);
+  std::vector<double> partial(splits == 1 ? 0 : rows.groups * splits * 2 * pairs);
+  AT_DISPATCH_FLOATING_TYPES(options.dtype().toScalarType(), "pair_distances", [&] {
+    auto* d_out = distances.mutable_data_ptr<scalar_t>();
+    auto* e_out = alignment.mutable_data_ptr<scalar_t>();
+    auto* r_out = inverse_norm.mutable_data_ptr<scalar_t>();
+    rows.each(splits, [&](int64_t g, int64_t split, int64_t begin, int64_t end) {
+      Rows::Pointers pointers;
+      const auto r = norms.of(g);
+      if (split == 0)
+        for (int64_t n = 0; n < rows.rows; ++n) r_out[n * rows.groups + g] = scalar_t(r[n]);
+      std::vector<double> own(splits == 1 ? 2 * pairs : 0);
+      double* sums = splits == 1 ? own.data() : &partial[(g * splits + split) * 2 * pairs];
+      rows.kernels.pairs(rows.sample(g, r.data(), pointers), begin, end, sums, sums + pairs);
+      if (splits == 1) store_pairs(rows, g, sums, sums + pairs, d_out, e_out);
+    });
+    for (int64_t g = 0; splits > 1 && g < rows.groups; ++g) {
+      double* sums = &partial[g * splits * 2 * pairs];
+      for (int64_t split = 1; split < splits; ++split)
+        for (int64_t p = 0; p < 2 * pairs; ++p) sums[p] += sums[split * 2 * pairs + p];
+      store_pairs(rows, g, sums, sums + pairs, d_out, e_out);
+    }
+  });
+  return {distances, alignment, inverse_norm};
+}
+
+// x [R, G] -> [R] of sample g, in double
+std::vector<double> of_sample(const Tensor& x, int64_t g) {
+  std::vector<double> out(x.size(0));
+  for (int64_t n = 0; n < x.size(0); ++n)
+    out[n] = x.scalar_type() == at::kDouble ? x.const_data_ptr<double>()[n * x.size(1) + g]
+                                            : double(x.const_data_ptr<float>()[n * x.size(1) + g]);
+  return out;
+}
+
+Tensor combine(const Tensor& particles, const OptionalTensor& others, const OptionalTensor& product,
+               const Tensor& inverse_norm, const Tensor& coefficients, const Tensor& projection) {
+  const Rows rows(particles, others, product);
+  const auto type = computing_type(particles);
+  const auto check = [&](const Tensor& x, at::IntArrayRef shape, const char* name) {
+    TORCH_CHECK(x.scalar_type() == type && x.sizes() == shape, name, ": expected ", type, " ", shape, ", got ", x.scalar_type(), " ", x.sizes());
+  };
+  check(inverse_norm, {rows.rows, rows.groups}, "inverse_norm");
+  check(coefficients, {rows.moving, rows.repelling(), rows.groups}, "coefficients");
+  check(projection, {rows.moving, rows.groups}, "projection");
+  const Tensor norms = inverse_norm.contiguous(), t = projection.contiguous();
+  const Tensor c = coefficients.contiguous().view({-1, rows.groups});
+  Tensor gradient = at::empty({rows.moving, rows.groups, rows.columns}, particles.options());
+  const int64_t bytes = rows.columns * gradient.element_size();
+  rows.each(rows.splits(), [&](int64_t g, int64_t, int64_t begin, int64_t end) {
+    Rows::Pointers pointers;
+    const auto r = of_sample(norms, g), c_g = of_sample(c, g), t_g = of_sample(t, g);
+    std::vector<void*> out(rows.moving);
+    for (int64_t i = 0; i < rows.moving; ++i)
+      out[i] = static_cast<char*>(gradient.mutable_data_ptr()) + (i * rows.groups + g) * bytes;
+    rows.kernels.combine(rows.sample(g, r.data(), pointers), begin, end, c_g.data(), t_g.data(), out.data());
+  });
+  return gradient;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(forde_fast, CPU, m) {
+  m.impl("contrasts", contrasts);
+  m.impl("pair_distances", pair_distances);
+  m.impl("combine", combine);
+}
+
+}  // namespace forde_fast
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "C++ implementations of forde_fast's operations; importing it registers them";
+  m.def("cpu_capability", [] { return forde_fast::has_avx2() ? "avx2" : "portable"; });
+}

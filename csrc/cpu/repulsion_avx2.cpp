@@ -1,0 +1,29 @@
+// The standard headers come before the pragma: their inline functions are shared with files compiled without AVX2.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#include "../repulsion.h"
+
+#if defined(__x86_64__)
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#else
+#pragma GCC target("avx2,fma")
+#endif
+
+namespace forde_fast {
+namespace {
+#include "repulsion_kernels.h"
+}
+
+const Kernels& avx2_kernels(Input input) { return kernels_for(input); }
+
+}  // namespace forde_fast
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

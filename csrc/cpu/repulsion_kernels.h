@@ -1,0 +1,227 @@
+// The kernels of repulsion.h, written once with the compiler's vectors of 32 bytes. Each file that includes this
+// one chooses an instruction set and a namespace for it.
+//
+// A tile of kTile columns of every row is brought to the computing type in scratch memory that stays in the first
+// levels of cache; padding columns are zero and add nothing to any sum. Sums run in vectors over a tile and in
+// double over tiles, so their error does not grow with D.
+
+template <class T>
+using Vector __attribute__((vector_size(32))) = T;
+
+constexpr int64_t kTile = 256;
+
+struct bfloat16 {
+  uint16_t bits;
+};
+
+inline float widen(float x) { return x; }
+inline double widen(double x) { return x; }
+inline float widen(bfloat16 x) {
+  uint32_t bits = uint32_t(x.bits) << 16;
+  float y;
+  std::memcpy(&y, &bits, 4);
+  return y;
+}
+
+inline void narrow(float x, float* y) { *y = x; }
+inline void narrow(double x, double* y) { *y = x; }
+inline void narrow(float x, bfloat16* y) {  // round to nearest even; NaN stays NaN
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  y->bits = x != x ? 0x7fc0 : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+template <class In>
+using Acc = decltype(widen(In{}));
+
+template <class T>
+constexpr int64_t kWidth = 32 / sizeof(T);
+
+template <class T>
+inline double sum(Vector<T> v) {
+  double total = 0;
+  for (int64_t k = 0; k < kWidth<T>; ++k) total += v[k];
+  return total;
+}
+
+// Scratch of this thread: `count` tiles of T.
+template <class T>
+inline Vector<T>* scratch(int64_t count) {
+  static thread_local std::vector<char> memory;
+  size_t bytes = size_t(count) * kTile * sizeof(T) + 64;
+  if (memory.size() < bytes) memory.resize(bytes);
+  auto address = reinterpret_cast<uintptr_t>(memory.data());
+  return reinterpret_cast<Vector<T>*>((address + 63) & ~uintptr_t(63));
+}
+
+// tile = r * values[begin : begin + count], zero up to the end of the tile
+template <class In>
+inline void load(const In* values, Acc<In> r, int64_t count, Acc<In>* __restrict__ tile) {
+  for (int64_t k = 0; k < count; ++k) tile[k] = r * widen(values[k]);
+  for (int64_t k = count; k < kTile; ++k) tile[k] = 0;
+}
+
+template <class In>
+struct Tiles {
+  using T = Acc<In>;
+  using V = Vector<T>;
+  static constexpr int64_t kVectors = kTile / kWidth<T>;
+
+  const Sample& sample;
+  V* s;  // [N, kVectors]
+  V* q;  // the same memory as s where C is the identity
+
+  explicit Tiles(const Sample& sample) : sample(sample) {
+    s = scratch<T>(sample.rows * (sample.product ? 2 : 1));
+    q = sample.product ? s + sample.rows * kVectors : s;
+  }
+
+  V* s_row(int64_t n) const { return s + n * kVectors; }
+  V* q_row(int64_t n) const { return q + n * kVectors; }
+
+  void load_s(int64_t begin, int64_t count) {
+    for (int64_t n = 0; n < sample.rows; ++n)
+      load(static_cast<const In*>(sample.values[n]) + begin, T(sample.inverse_norm[n]), count,
+           reinterpret_cast<T*>(s_row(n)));
+  }
+
+  // The contrasts' product gives q_n for n > 0; q_0 = sum_n q_n / (sqrt(N) - 1) has the same shared vector taken away.
+  void load_q(int64_t begin, int64_t count) {
+    if (!sample.product) return;
+    T* first = reinterpret_cast<T*>(q_row(0));
+    std::fill(first, first + kTile, T(0));
+    for (int64_t n = 1; n < sample.rows; ++n) {
+      T* row = reinterpret_cast<T*>(q_row(n));
+      load(static_cast<const T*>(sample.product[n - 1]) + begin, T(1), count, row);
+      for (int64_t k = 0; k < kTile; ++k) first[k] += row[k];
+    }
+    T scale = T(1 / (std::sqrt(double(sample.rows)) - 1));
+    for (int64_t k = 0; k < kTile; ++k) first[k] *= scale;
+  }
+};
+
+template <class In>
+void squares(const Sample& sample, int64_t begin, int64_t end, double* out) {
+  using T = Acc<In>;
+  auto* tile = scratch<T>(1);
+  for (int64_t n = 0; n < sample.rows; ++n)
+    for (int64_t at = begin; at < end; at += kTile) {
+      load(static_cast<const In*>(sample.values[n]) + at, T(1), std::min(kTile, end - at), reinterpret_cast<T*>(tile));
+      Vector<T> total[4] = {};  // four chains hide the latency of the addition
+      for (int64_t v = 0; v < Tiles<In>::kVectors; v += 4)
+        for (int64_t u = 0; u < 4; ++u) total[u] += tile[v + u] * tile[v + u];
+      out[n] += sum<T>((total[0] + total[1]) + (total[2] + total[3]));
+    }
+}
+
+template <class In>
+void contrasts(const Sample& sample, int64_t begin, int64_t end, void* const* out) {
+  using T = Acc<In>;
+  Tiles<In> tiles(sample);
+  const double root = std::sqrt(double(sample.rows));
+  const T rest = T(1 / (sample.rows - root)), first = T(1 / root);
+  for (int64_t at = begin; at < end; at += kTile) {
+    const int64_t count = std::min(kTile, end - at);
+    tiles.load_s(at, count);
+    T shared[kTile] = {};
+    for (int64_t n = 1; n < sample.rows; ++n) {
+      const T* row = reinterpret_cast<const T*>(tiles.s_row(n));
+      for (int64_t k = 0; k < kTile; ++k) shared[k] += row[k];
+    }
+    const T* row_0 = reinterpret_cast<const T*>(tiles.s_row(0));
+    for (int64_t k = 0; k < kTile; ++k) shared[k] = shared[k] * rest - row_0[k] * first;
+    for (int64_t n = 1; n < sample.rows; ++n) {
+      const T* row = reinterpret_cast<const T*>(tiles.s_row(n));
+      T* z = static_cast<T*>(out[n - 1]) + at;
+      for (int64_t k = 0; k < count; ++k) z[k] = row[k] - shared[k];
+    }
+  }
+}
+
+// The pairs (i, j), ..., (i, j + kPairs - 1) over one tile.
+template <class In, int64_t kPairs>
+inline void pair_tile(const Tiles<In>& tiles, int64_t i, int64_t j, double* d, double* e) {
+  using T = Acc<In>;
+  using V = Vector<T>;
+  const bool weighed = tiles.q != tiles.s;
+  const V *s_i = tiles.s_row(i), *q_i = tiles.q_row(i), *s_j[kPairs], *q_j[kPairs];
+  V distance[kPairs] = {}, alignment[kPairs] = {};
+  for (int64_t p = 0; p < kPairs; ++p) s_j[p] = tiles.s_row(j + p), q_j[p] = tiles.q_row(j + p);
+  if (weighed) {
+    for (int64_t v = 0; v < Tiles<In>::kVectors; ++v)
+      for (int64_t p = 0; p < kPairs; ++p) {
+        const V dq = q_i[v] - q_j[p][v];
+        distance[p] += dq * (s_i[v] - s_j[p][v]);
+        alignment[p] += dq * s_i[v];
+      }
+  } else {
+    for (int64_t v = 0; v < Tiles<In>::kVectors; ++v)
+      for (int64_t p = 0; p < kPairs; ++p) {
+        const V ds = s_i[v] - s_j[p][v];
+        distance[p] += ds * ds;
+        alignment[p] += ds * s_i[v];
+      }
+  }
+  for (int64_t p = 0; p < kPairs; ++p) d[p] += sum<T>(distance[p]), e[p] += sum<T>(alignment[p]);
+}
+
+template <class In>
+void pairs(const Sample& sample, int64_t begin, int64_t end, double* d, double* e) {
+  Tiles<In> tiles(sample);
+  const bool among = sample.moving == sample.rows;  // the particles repel each other: each pair once
+  const int64_t repelling = among ? sample.rows : sample.rows - sample.moving;
+  for (int64_t at = begin; at < end; at += kTile) {
+    const int64_t count = std::min(kTile, end - at);
+    tiles.load_s(at, count);
+    tiles.load_q(at, count);
+    for (int64_t i = 0; i < sample.moving; ++i) {
+      int64_t j = among ? i + 1 : sample.moving;
+      const int64_t offset = i * repelling - (among ? 0 : sample.moving);
+      for (; j + 4 <= sample.rows; j += 4) pair_tile<In, 4>(tiles, i, j, d + offset + j, e + offset + j);
+      for (; j < sample.rows; ++j) pair_tile<In, 1>(tiles, i, j, d + offset + j, e + offset + j);
+    }
+  }
+}
+
+template <class In>
+void combine(const Sample& sample, int64_t begin, int64_t end, const double* c, const double* t, void* const* out) {
+  using T = Acc<In>;
+  using V = Vector<T>;
+  Tiles<In> tiles(sample);
+  const bool among = sample.moving == sample.rows;
+  const int64_t first = among ? 0 : sample.moving, repelling = sample.rows - first;
+  for (int64_t at = begin; at < end; at += kTile) {
+    const int64_t count = std::min(kTile, end - at);
+    tiles.load_s(at, count);
+    tiles.load_q(at, count);
+    for (int64_t i = 0; i < sample.moving; ++i) {
+      alignas(32) T mixed[kTile];
+      const T r = T(sample.inverse_norm[i]), projection = T(t[i]);
+      for (int64_t v = 0; v < Tiles<In>::kVectors; v += 4) {  // four vectors share each coefficient
+        const V* q_i = tiles.q_row(i) + v;
+        V total[4] = {};
+        for (int64_t j = 0; j < repelling; ++j) {
+          const T c_ij = T(c[i * repelling + j]);
+          const V* q_j = tiles.q_row(first + j) + v;
+          for (int64_t u = 0; u < 4; ++u) total[u] += c_ij * (q_i[u] - q_j[u]);
+        }
+        const V* s_i = tiles.s_row(i) + v;
+        for (int64_t u = 0; u < 4; ++u)
+          reinterpret_cast<V*>(mixed)[v + u] = r * (total[u] - projection * s_i[u]);
+      }
+      In* row = static_cast<In*>(out[i]) + at;
+      for (int64_t k = 0; k < count; ++k) narrow(mixed[k], row + k);
+    }
+  }
+}
+
+template <class In>
+constexpr Kernels kKernels = {squares<In>, contrasts<In>, pairs<In>, combine<In>};
+
+inline const Kernels& kernels_for(Input input) {
+  switch (input) {
+    case Input::kFloat32: return kKernels<float>;
+    case Input::kBFloat16: return kKernels<bfloat16>;
+    default: return kKernels<double>;
+  }
+}

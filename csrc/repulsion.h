@@ -1,0 +1,39 @@
+// What the C++ backend's kernels are: passes over one sample's rows, a range of columns at a time.
+//
+// One sample has N rows of D input values: those of the particles that move, then those of the others where these
+// are given. s_n = r_n p_n are the normalised rows; q_n = s_n C up to a vector that all of them share, as only
+// differences of q are used. Sums leave a kernel in double.
+#pragma once
+
+#include <cstdint>
+
+namespace forde_fast {
+
+enum class Input { kFloat32, kBFloat16, kFloat64 };  // computed in float, float, double
+
+struct Sample {
+  int64_t rows;               // N
+  int64_t moving;             // the first of them, which get a gradient
+  const void* const* values;  // [N] -> [D] of the input type
+  const void* const* product; // [N-1] -> [D] of the computing type: contrasts times C; null: C is the identity
+  const double* inverse_norm; // [N], r
+};
+
+struct Kernels {
+  // out[n] += sum_k p_n[k]^2
+  void (*squares)(const Sample&, int64_t begin, int64_t end, double* out);
+  // out[n-1][k] = s_n[k] - u[k]: orthonormal (Householder) contrasts, u the sample's vector of them
+  void (*contrasts)(const Sample&, int64_t begin, int64_t end, void* const* out);
+  // d[i,j] += sum_k (q_i - q_j)(s_i - s_j), e[i,j] += sum_k (q_i - q_j) s_i, [moving, repelling] each
+  void (*pairs)(const Sample&, int64_t begin, int64_t end, double* d, double* e);
+  // out[i][k] = r_i (sum_j c[i,j] (q_i - q_j)[k] - t[i] s_i[k]), c [moving, repelling]
+  void (*combine)(const Sample&, int64_t begin, int64_t end, const double* c, const double* t, void* const* out);
+};
+
+// The same kernels, compiled for two instruction sets.
+const Kernels& portable_kernels(Input input);
+#if defined(__x86_64__)
+const Kernels& avx2_kernels(Input input);
+#endif
+
+}  // namespace forde_fast

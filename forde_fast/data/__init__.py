@@ -1,0 +1,7 @@
+"""Image sets, their corruptions, and batches of them on the device."""
+
+from forde_fast.data.corruptions import CORRUPTIONS, corrupt
+from forde_fast.data.datasets import DATASETS, Images, Normalisation, load
+from forde_fast.data.loader import Loader
+
+__all__ = ["CORRUPTIONS", "DATASETS", "Images", "Loader", "Normalisation", "corrupt", "load"]

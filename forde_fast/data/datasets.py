@@ -1,0 +1,248 @@
+"""Image sets in memory: `load` gives them as stored, `Normalisation` makes of them what a model receives."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import os
+import urllib.request
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+DATASETS = ("fashion-mini", "digits", "fashion-mnist")
+
+FASHION_CLASSES = (
+    "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
+)  # fmt: skip
+FASHION_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # Debian's package dataset-fashion-mnist
+FASHION_URL = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
+# md5 of the compressed files, from the README of zalandoresearch/fashion-mnist. Debian compressed them anew.
+FASHION_MD5 = {
+    "train-images-idx3-ubyte.gz": "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
+    "train-labels-idx1-ubyte.gz": "25c81989df183df01b3e8a0aad5dffbe",
+    "t10k-images-idx3-ubyte.gz": "bef4ecab320f06d8554ea6380940ec79",
+    "t10k-labels-idx1-ubyte.gz": "bb300cfdad3c16e7a12a480ee83cd310",
+}
+
+DIGITS_TEST = 500
+
+
+@dataclass(frozen=True, eq=False)
+class Images:
+    """A labelled image set, on the CPU.
+
+    train_images, test_images: uint8 [N, H, W] (grey) or [N, H, W, C]; train_labels, test_labels: int64 [N];
+    classes: the names, one per label. Raises ValueError where these do not fit each other.
+    """
+
+    name: str
+    train_images: torch.Tensor
+    train_labels: torch.Tensor
+    test_images: torch.Tensor
+    test_labels: torch.Tensor
+    classes: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        for part in ("train", "test"):
+            images, labels = getattr(self, f"{part}_images"), getattr(self, f"{part}_labels")
+            where = f"{self.name}: {part}"
+            if images.dtype != torch.uint8 or images.ndim not in (3, 4):
+                raise ValueError(
+                    f"{where}_images: expected uint8 [N, H, W] or [N, H, W, C]; "
+                    f"got {images.dtype} {list(images.shape)}"
+                )
+            if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
+                raise ValueError(
+                    f"{where}_labels: expected int64 [{len(images)}], one per image; "
+                    f"got {labels.dtype} {list(labels.shape)}"
+                )
+            if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < len(self.classes):
+                raise ValueError(
+                    f"{where}_labels: expected 0 to {len(self.classes) - 1}; "
+                    f"got {int(labels.min())} to {int(labels.max())}"
+                )
+        if self.train_images.shape[1:] != self.test_images.shape[1:]:
+            raise ValueError(
+                f"{self.name}: test_images: expected the training images' shape "
+                f"{list(self.train_images.shape[1:])}; got {list(self.test_images.shape[1:])}"
+            )
+
+
+def load(name: str, folder: str | Path | None = None, download: bool = False) -> Images:
+    """Load an image set by its name.
+
+    - "fashion-mini": the first 2,000 training and 1,000 test images of Fashion-MNIST, shipped here.
+    - "digits": scikit-learn's 1,797 images of 8 x 8, as a fixed split into 1,297 and 500 with equal shares of
+      each digit; the grey levels 0 to 16 are spread over 0 to 255.
+    - "fashion-mnist": 60,000 and 10,000 images of 28 x 28 from the four idx files, compressed or not: in
+      `folder` if given, else where Debian's package puts them, else in the cache. `download=True` fetches
+      those that are nowhere into `folder` or the cache: $FORDE_FAST_CACHE, ~/.cache/forde_fast if unset.
+
+    Raises:
+        ValueError: an unknown name; a damaged, truncated or foreign file; a download with another checksum.
+        FileNotFoundError: a file that is missing, with what to do about it.
+        OSError: a download that fails.
+    """
+    match name:
+        case "fashion-mini":
+            return _load_fashion_mini()
+        case "digits":
+            return _load_digits()
+        case "fashion-mnist":
+            return _load_fashion_mnist(None if folder is None else Path(folder), download)
+    raise ValueError(f"name: expected one of {', '.join(DATASETS)}; got {name!r}")
+
+
+def _load_fashion_mini() -> Images:
+    parts = ("train_images", "train_labels", "test_images", "test_labels")
+    with np.load(Path(__file__).with_name("fashion_mini.npz"), allow_pickle=False) as stored:
+        return _images("fashion-mini", *(stored[part] for part in parts), classes=FASHION_CLASSES)
+
+
+def _load_digits() -> Images:
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    images = np.rint(digits.images * (255 / 16)).astype(np.uint8)
+    labels = digits.target.astype(np.int64)
+
+    # Each image's place within its class, shuffled and scaled to [0, 1): the lowest 500 hold equal shares of
+    # all classes. RandomState because its stream, unlike Generator's, is promised never to change.
+    random = np.random.RandomState(0)
+    place = np.empty(len(labels))
+    for label, count in enumerate(np.bincount(labels)):
+        place[labels == label] = (random.permutation(count) + 0.5) / count
+    by_place = np.argsort(place, kind="stable")
+    test, train = np.sort(by_place[:DIGITS_TEST]), np.sort(by_place[DIGITS_TEST:])
+    return _images(
+        "digits", images[train], labels[train], images[test], labels[test], classes=tuple("0123456789")
+    )
+
+
+def _load_fashion_mnist(folder: Path | None, download: bool) -> Images:
+    places = [FASHION_FOLDER, _cache() / "fashion-mnist"] if folder is None else [folder]
+    found = {}
+    for name in FASHION_MD5:
+        paths = [place / file for place in places for file in (name, name.removesuffix(".gz"))]
+        found[name] = next((path for path in paths if path.is_file()), None)
+    for name, path in found.items():
+        if path is None and not download:
+            raise FileNotFoundError(
+                f"{places[-1] / name}: no such file; pass download=True, a folder that holds the four files, "
+                "or install Debian's dataset-fashion-mnist"
+            )
+        if path is None:
+            found[name] = _download(FASHION_URL + name, FASHION_MD5[name], places[-1] / name)
+
+    train_images, train_labels, test_images, test_labels = (
+        read_idx(path, dimensions=3 if "images" in name else 1) for name, path in found.items()
+    )
+    return _images(
+        "fashion-mnist", train_images, train_labels, test_images, test_labels, classes=FASHION_CLASSES
+    )
+
+
+def _images(name: str, *arrays: np.ndarray, classes: tuple[str, ...]) -> Images:
+    """Images from (train_images, train_labels, test_images, test_labels) as arrays."""
+    train_images, train_labels, test_images, test_labels = (torch.from_numpy(np.array(a)) for a in arrays)
+    return Images(name, train_images, train_labels.long(), test_images, test_labels.long(), classes)
+
+
+def read_idx(path: Path, dimensions: int) -> np.ndarray:
+    """Read one file in MNIST's idx format, gzipped or not, as a uint8 array of so many dimensions.
+
+    The format: two zero bytes, the type (8 is uint8), the number of dimensions, each dimension as a
+    big-endian uint32, the data. Raises ValueError, naming the file, if anything is different, missing or left
+    over.
+    """
+    content = path.read_bytes()
+    if content[:2] == b"\x1f\x8b":
+        try:
+            content = gzip.decompress(content)
+        except (EOFError, OSError, zlib.error) as error:
+            raise ValueError(f"{path}: expected a whole gzip file; got a damaged one ({error})") from error
+    magic = bytes((0, 0, 8, dimensions))
+    if content[:4] != magic:
+        raise ValueError(
+            f"{path}: expected an idx file that begins with {magic.hex()}; got {content[:4].hex()}"
+        )
+    start = 4 + 4 * dimensions
+    shape = tuple(int.from_bytes(content[place : place + 4], "big") for place in range(4, start, 4))
+    expected = start + int(np.prod(shape, dtype=object))
+    if len(content) != expected:
+        raise ValueError(f"{path}: expected {expected} bytes for shape {list(shape)}; got {len(content)}")
+    return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("FORDE_FAST_CACHE") or Path.home() / ".cache" / "forde_fast")
+
+
+def _download(url: str, md5: str, path: Path) -> Path:
+    """Fetch url to path. The file gets its name once its checksum is right; else nothing is left behind."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    digest = hashlib.md5(usedforsecurity=False)
+    partial = path.with_name(f"{path.name}.{os.getpid()}")
+    try:
+        with partial.open("wb") as file, urllib.request.urlopen(url, timeout=60) as answer:
+            while block := answer.read(1 << 20):
+                digest.update(block)
+                file.write(block)
+        if digest.hexdigest() != md5:
+            raise ValueError(f"{url}: expected a file with md5 {md5}; got {digest.hexdigest()}")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
+
+
+@dataclass(frozen=True)
+class Normalisation:
+    """(pixel / 255 − mean) / std for each channel: from stored bytes to what a model receives.
+
+    mean, std: one number per channel, of pixels in [0, 1], as `fit` finds them in the training images.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @classmethod
+    def fit(cls, images: torch.Tensor) -> Normalisation:
+        """Mean and deviation of uint8 images [N, H, W] or [N, H, W, C]; a constant channel's deviation is 1."""
+        pixels = _channels_last(images).flatten(0, 2)  # [N·H·W, C]
+        if not len(pixels):
+            raise ValueError(f"images: expected at least one pixel; got shape {list(images.shape)}")
+        levels = torch.arange(256, dtype=torch.float64) / 255
+        mean, std = [], []
+        for channel in pixels.T:  # 256 counts instead of a float copy of the whole set
+            share = torch.bincount(channel, minlength=256).double().cpu() / len(pixels)
+            mean.append(float(share @ levels))
+            deviation = float(share @ (levels - mean[-1]) ** 2) ** 0.5
+            std.append(1.0 if share.max() == 1 else deviation)
+        return cls(tuple(mean), tuple(std))
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """uint8 [N, H, W] or [N, H, W, C] -> float32 [N, C, H, W], contiguous, on the same device.
+
+        Raises ValueError for another dtype, shape or number of channels.
+        """
+        pixels = _channels_last(images).movedim(3, 1)
+        if pixels.shape[1] != len(self.mean):
+            raise ValueError(f"images: expected {len(self.mean)} channels; got {pixels.shape[1]}")
+        mean, std = (
+            torch.tensor(v, dtype=torch.float32, device=images.device)[:, None, None]
+            for v in (self.mean, self.std)
+        )
+        return (pixels.float() / 255).sub_(mean).div_(std).contiguous()
+
+
+def _channels_last(images: torch.Tensor) -> torch.Tensor:
+    if images.dtype != torch.uint8 or images.ndim not in (3, 4):
+        raise ValueError(
+            f"images: expected uint8 [N, H, W] or [N, H, W, C]; got {images.dtype} {list(images.shape)}"
+        )
+    return images if images.ndim == 4 else images[..., None]

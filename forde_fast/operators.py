@@ -1,0 +1,114 @@
+"""The registered operations: schemas, shapes for tracing, autograd. Implementations register themselves.
+
+C++ (csrc/) registers for CPU tensors, the Triton kernels for CUDA tensors. A machine without a compiler keeps
+the others.
+"""
+
+import functools
+
+import torch
+from torch import Tensor
+
+library = torch.library.Library("forde_fast", "DEF")
+
+# N rows: the particles', then the others' where these are given. Accumulated in float32 (float64 for float64).
+library.define("contrasts(Tensor particles, Tensor? others, bool normalize, float eps) -> Tensor")
+library.define(
+    "pair_distances(Tensor particles, Tensor? others, Tensor? product, bool normalize, float eps)"
+    " -> (Tensor distances, Tensor alignment, Tensor inverse_norm)"
+)
+library.define(
+    "combine(Tensor particles, Tensor? others, Tensor? product, Tensor inverse_norm, Tensor coefficients,"
+    " Tensor projection) -> Tensor"
+)
+library.define("attach_gradient(Tensor particles, Tensor value, Tensor gradient) -> Tensor")
+library.define("scale_gradient(Tensor particles, Tensor gradient, Tensor factor) -> Tensor")
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@torch.library.register_fake("forde_fast::contrasts")
+def _(particles, others, normalize, eps):
+    rows = particles.shape[0] + (0 if others is None else others.shape[0])
+    return particles.new_empty((rows - 1, *particles.shape[1:]), dtype=accumulation_dtype(particles.dtype))
+
+
+@torch.library.register_fake("forde_fast::pair_distances")
+def _(particles, others, product, normalize, eps):
+    moving, groups = particles.shape[:2]
+    repelling = moving if others is None else others.shape[0]
+    rows = moving if others is None else moving + repelling
+    wide = functools.partial(particles.new_empty, dtype=accumulation_dtype(particles.dtype))
+    return wide((moving, repelling, groups)), wide((moving, repelling, groups)), wide((rows, groups))
+
+
+@torch.library.register_fake("forde_fast::combine")
+def _(particles, others, product, inverse_norm, coefficients, projection):
+    return particles.new_empty(particles.shape)
+
+
+@torch.library.impl(library, "attach_gradient", "CompositeExplicitAutograd")
+def _(particles, value, gradient):
+    return value.clone()
+
+
+@torch.library.register_fake("forde_fast::attach_gradient")
+def _(particles, value, gradient):
+    return torch.empty_like(value)
+
+
+@torch.library.impl(library, "scale_gradient", "CompositeExplicitAutograd")
+def _(particles, gradient, factor):
+    return (gradient * factor).to(gradient.dtype)
+
+
+@torch.library.register_fake("forde_fast::scale_gradient")
+def _(particles, gradient, factor):
+    return torch.empty_like(gradient)
+
+
+def _save(ctx, inputs, output):
+    particles, _, gradient = inputs
+    ctx.save_for_backward(particles, gradient)
+
+
+def _first_derivative(ctx, factor: Tensor):
+    particles, gradient = ctx.saved_tensors
+    return torch.ops.forde_fast.scale_gradient(particles, gradient, factor), None, None
+
+
+def _second_derivative(ctx, factor: Tensor):
+    raise RuntimeError("forde_fast.repulsion: its value is differentiable once, a second derivative was asked for")
+
+
+# particles goes through scale_gradient only so that a second derivative meets an error and not a silent zero
+torch.library.register_autograd("forde_fast::attach_gradient", _first_derivative, setup_context=_save)
+torch.library.register_autograd("forde_fast::scale_gradient", _second_derivative)
+
+
+@functools.cache
+def cpp_unusable() -> str:
+    """Why the C++ backend cannot be used; empty where it can. Loading it registers its operations."""
+    try:
+        import forde_fast._C  # noqa: F401
+    except ImportError as error:
+        return f"the C++ extension is not built: {error}"
+    return ""
+
+
+@functools.cache
+def triton_unusable() -> str:
+    """Why the Triton backend cannot be used; empty where it can (on CUDA tensors, or interpreted on CPU ones)."""
+    try:
+        import triton
+
+        from forde_fast.kernels import repulsion as kernels
+    except ImportError as error:
+        return f"triton cannot be imported: {error}"
+    if not torch.cuda.is_available() and not triton.knobs.runtime.interpret:
+        return "no CUDA device, and TRITON_INTERPRET=1 was not set before triton was imported"
+    for name in ("contrasts", "pair_distances", "combine"):
+        library.impl(name, getattr(kernels, name), "CUDA")
+    return ""

@@ -1,0 +1,162 @@
+"""Figures: what an ensemble says of some images, and how its training went. PNG files, no global state."""
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from os import PathLike
+
+import numpy as np
+import torch
+
+from forde_fast.evaluation import Array, as_labels, as_probs, uncertainty
+from forde_fast.validation import expect
+
+COLUMNS = 4
+MOST_IMAGES = 64
+RIGHT, WRONG, BAR = "#1a7f37", "#c62828", "#9db8d2"
+
+# key of the log -> title; drawn in this order
+CURVES = {
+    "cross_entropy": "cross-entropy [nats]",
+    "repulsion": "repulsion R",
+    "bandwidth_median": "median bandwidth h",
+    "gradient_cosine": "cosine between members' input gradients",
+    "weight_entropy": "entropy of the repulsion weights p [nats]",
+    "gradient_ratio": "‖∇ repulsion‖ / ‖∇ cross-entropy‖",
+}
+
+
+def predictions(
+    images: Array,
+    labels: Array,
+    probabilities: Array,
+    classes: Sequence[str],
+    path: str | PathLike,
+    title: str = "",
+):
+    """Draw 1 to 64 images with what is predicted for them; save a PNG at `path` and return the Figure.
+
+    images uint8 [n, H, W] or [n, H, W, C] with C 1 or 3, labels [n], classes K names, probabilities [n, K] or
+    [M, n, K]. Each panel has the image, its class, the prediction and its probability (green where right, red
+    where wrong), the uncertainties in nats (see `evaluation.uncertainty`) and the three likeliest classes as
+    bars; with members, a dot for each and the epistemic uncertainty too.
+
+    Raises TypeError for a wrong type or dtype, ValueError for wrong shapes or values, OSError as open does.
+    """
+    from matplotlib.figure import Figure
+
+    pixels = _pixels(images)
+    members = _member_probs(probabilities, len(pixels), len(classes))
+    labels = as_labels(labels, len(pixels), len(classes)).tolist()
+    uncertainties = {name: values.tolist() for name, values in uncertainty(members).items()}
+    if len(members) == 1:
+        uncertainties = {"total": uncertainties["total"]}
+    names = [textwrap.shorten(str(name), 24, placeholder="…") for name in classes]
+
+    columns = min(COLUMNS, len(pixels))
+    rows = -(-len(pixels) // columns)
+    figure = Figure(figsize=(2.7 * columns, 3.7 * rows + (0.5 if title else 0)), layout="constrained")
+    figure.suptitle(title, fontsize=13)
+    panels = figure.subfigures(rows, columns, squeeze=False).flatten()
+    for i, image in enumerate(pixels):
+        nats = ", ".join(f"{name} {values[i]:.2f}" for name, values in uncertainties.items())
+        _panel(panels[i], image, names, labels[i], members[:, i].double().numpy(), f"uncertainty [nats]: {nats}")
+    figure.savefig(path, format="png", dpi=110)
+    return figure
+
+
+def training(log: Sequence[Mapping] | Mapping[str, Sequence[Mapping]], path: str | PathLike):
+    """Draw a run's log over the steps, one small plot per quantity of CURVES; save a PNG, return the Figure.
+
+    `log` is a list of records as in log.jsonl, each with "step" and any of CURVES' keys, or a dict name -> such
+    a list to draw several runs over each other. Quantities that no run has are left out; those that span more
+    than two decades get a logarithmic axis.
+
+    Raises TypeError for another type, ValueError if no record has a step and one of the keys, OSError as open
+    does.
+    """
+    from matplotlib.figure import Figure
+
+    runs = log if isinstance(log, Mapping) else {"": log}
+    for records in runs.values():
+        known = isinstance(records, Sequence) and all(isinstance(record, Mapping) for record in records)
+        expect(known, "log", "a list of dicts, or a dict of such lists", type(records).__name__, error=TypeError)
+    curves = {key: {name: _curve(records, key) for name, records in runs.items()} for key in CURVES}
+    curves = {key: lines for key, lines in curves.items() if any(len(line) for line in lines.values())}
+    expect(bool(curves), "log", f"records with step and one of {', '.join(CURVES)}", "none")
+
+    columns = min(3, len(curves))
+    rows = -(-len(curves) // columns)
+    figure = Figure(figsize=(3.8 * columns, 2.7 * rows + 0.4), layout="constrained")
+    for i, (key, lines) in enumerate(curves.items()):
+        axes = figure.add_subplot(rows, columns, i + 1)
+        _draw_curves(axes, lines)
+        axes.set_title(CURVES[key], fontsize=10)
+    if len(runs) > 1:
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=min(4, len(runs)))
+    figure.savefig(path, format="png", dpi=110)
+    return figure
+
+
+def _pixels(images: Array) -> np.ndarray:
+    known = isinstance(images, torch.Tensor | np.ndarray)
+    expect(known, "images", "a tensor or array", type(images).__name__, error=TypeError)
+    pixels = images.detach().cpu().numpy() if isinstance(images, torch.Tensor) else images
+    expect(pixels.dtype == np.uint8, "images", "uint8", images.dtype, error=TypeError)
+    known = pixels.ndim == 3 or (pixels.ndim == 4 and pixels.shape[3] in (1, 3))
+    expect(known, "images", "[n, H, W] or [n, H, W, C] with C 1 or 3", f"shape {list(pixels.shape)}")
+    expect(pixels.size > 0, "images", "at least one of each of n, H, W", f"shape {list(pixels.shape)}")
+    expect(len(pixels) <= MOST_IMAGES, "images", f"at most {MOST_IMAGES}", len(pixels))
+    return pixels
+
+
+def _member_probs(probabilities: Array, samples: int, classes: int) -> torch.Tensor:
+    """Probabilities [n, K] or [M, n, K] as checked [M, n, K]."""
+    members = getattr(probabilities, "ndim", 0) == 3
+    probs = as_probs(probabilities, "probabilities", "M, n, K" if members else "n, K")
+    expected, got = [samples, classes], list(probs.shape[-2:])
+    expect(got == expected, "probabilities", f"[n, K] = {expected} as images and classes", got)
+    return probs if members else probs[None]
+
+
+def _panel(panel, image: np.ndarray, names: list[str], label: int, members: np.ndarray, caption: str) -> None:
+    """One image [H, W] or [H, W, C] above the bars of its likeliest classes; members [M, K]."""
+    mean = members.mean(0)
+    top = np.argsort(-mean, kind="stable")[:3]
+    right = top[0] == label
+    picture, bars = panel.subplots(2, 1, height_ratios=(3, 1.3))
+
+    picture.imshow(image, cmap="gray", vmin=0, vmax=255)
+    picture.set_axis_off()
+    heading = f"{names[top[0]]}, {mean[top[0]]:.0%} {'✓' if right else '✗'}"
+    panel.suptitle(f"true: {names[label]}\n{heading}", fontsize=9, color=RIGHT if right else WRONG)
+
+    rank = np.arange(len(top))
+    bars.barh(rank, mean[top], height=0.8, color=BAR)
+    if len(members) > 1:
+        bars.plot(members[:, top].T, rank, "o", color="black", markersize=3, alpha=0.5, markeredgewidth=0)
+    bars.set_yticks(rank, [names[k] for k in top], fontsize=8)
+    bars.set_xlim(0, 1)
+    bars.set_xticks([0, 0.5, 1], ["0", "0.5", "1"], fontsize=7)
+    bars.invert_yaxis()
+    bars.spines[["top", "right"]].set_visible(False)
+    bars.set_xlabel(caption, fontsize=8)
+
+
+def _curve(records: Sequence[Mapping], key: str) -> np.ndarray:
+    """The points [points, 2] of step and value that the records have of `key`."""
+    points = [(r["step"], r[key]) for r in records if r.get("step") is not None and r.get(key) is not None]
+    return np.array(points, dtype=float).reshape(-1, 2)
+
+
+def _draw_curves(axes, lines: dict[str, np.ndarray]) -> None:
+    for name, line in lines.items():
+        # a single point would be an invisible line
+        axes.plot(line[:, 0], line[:, 1], label=name, linewidth=1.2, marker="o" if len(line) == 1 else None)
+    values = np.concatenate([line[:, 1] for line in lines.values()])
+    values = values[np.isfinite(values)]
+    if len(values) and values.min() > 0 and values.max() > 100 * values.min():
+        axes.set_yscale("log")
+    axes.set_xlabel("step", fontsize=9)
+    axes.tick_params(labelsize=8)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)

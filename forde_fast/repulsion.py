@@ -1,0 +1,177 @@
+"""The operation: repulsion between particles, its value and its gradient. Validates, chooses a backend, calls it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from forde_fast import operators, validation
+from forde_fast.lengthscales import Identity
+from forde_fast.rule import Median, kernel_rule
+from forde_fast.types import Backend, Repulsion
+from forde_fast.validation import expect
+
+BACKENDS = ("reference", "cpp", "triton")
+
+
+class State(NamedTuple):
+    """What `combine` needs from `distances`; N rows: the particles, then the others where these are given."""
+
+    particles: Tensor  # [Mi, G, D]
+    others: Tensor | None  # [Mj, G, D]
+    product: Tensor | None  # [N - 1, G, D], orthonormal contrasts of the normalised rows times C
+    inverse_norm: Tensor  # [N, G]
+    alignment: Tensor | None  # [Mi, Mj, G], (s_i - s_j)^T C s_i; None: the particles are not normalised
+    operations: object
+
+
+def available_backends() -> dict[str, Backend]:
+    """Name -> `Backend`, true where it is usable here; as text, why it is not."""
+    reasons = {"reference": "", "cpp": operators.cpp_unusable(), "triton": operators.triton_unusable()}
+    return {name: Backend(name, not reason, reason) for name, reason in reasons.items()}
+
+
+def repulsion(
+    particles: Tensor,
+    lengthscale=None,
+    *,
+    others: Tensor | None = None,
+    normalize: bool = True,
+    eps: float = 1e-24,
+    bandwidth: str | Median | float | Tensor = "median",
+    backend: str = "auto",
+) -> Repulsion:
+    """Value and gradient of the kernel repulsion R between particles.
+
+        s = particles / sqrt(|particles|^2 + eps)                   (as they are if not `normalize`)
+        d[i, j, g] = (s[i, g] - s[j, g])^T C (s[i, g] - s[j, g])    j over `others`, by default the particles
+        R = (1/G) sum_i (log sum_jg exp(-d[i, j, g] / h[j, g]) - log G)
+
+    particles    [M, G, D], float32, float64 or bfloat16, any device and strides
+    lengthscale  C: Identity, PCA or any object with `coordinates`, `product`, `dimension`; None: the identity
+    others       [N, G, D], constants
+    bandwidth    h: "median" (see `Median`), another `Median`, or a number or tensor ([], [G] or [N, G])
+    backend      "reference", "cpp", "triton", or "auto", which alone chooses
+
+    Returns `Repulsion`: value and bandwidth in float32 (float64 for float64), the gradient in the particles'
+    dtype. The value is differentiable once with respect to the particles.
+
+    Raises TypeError or ValueError for bad arguments, ValueError for NaN or infinity in CPU tensors (CUDA tensors
+    are not inspected: that would wait for the device) and RuntimeError, with the reason, for a backend that
+    cannot run here. Source: Trinh et al., ICLR 2024, equations 16 and 17 and the published code.
+    """
+    name, implementation = _choose(backend, particles, others, lengthscale, eps)
+    _check_bandwidth(bandwidth, particles if others is None else others)
+    if name == "reference":
+        _check_finite(particles, others)
+        result = implementation.repulsion(particles, lengthscale, others, normalize, eps, bandwidth)
+    else:
+        d, state = _distances(implementation, particles, others, lengthscale, normalize, eps)
+        value, c, h = kernel_rule(d, bandwidth)
+        result = Repulsion(value, _combine(state, c), h, d)
+    if torch.is_grad_enabled() and particles.requires_grad:
+        value = torch.ops.forde_fast.attach_gradient(particles, result.value, result.gradient)
+        result = result._replace(value=value)
+    return result
+
+
+def distances(particles, lengthscale=None, *, others=None, normalize=True, eps=1e-24, backend="auto"):
+    """The first stage of `repulsion`, with its arguments: d [M, N, G], and the state that `combine` takes."""
+    name, implementation = _choose(backend, particles, others, lengthscale, eps)
+    if name == "reference":
+        _check_finite(particles, others)
+        return implementation.distances(particles, lengthscale, others, normalize, eps)
+    return _distances(implementation, particles, others, lengthscale, normalize, eps)
+
+
+def combine(state, c: Tensor) -> Tensor:
+    """The second stage: sum_j c[i, j] C (s_i - s_j), taken back through the normalisation.
+
+    c [M, N, G] -> [M, G, D] in the particles' dtype.
+    """
+    if isinstance(state, State):
+        return _combine(state, c)
+    from forde_fast import reference
+
+    return reference.combine(state, c)
+
+
+@torch.no_grad()
+def _distances(operations, particles, others, lengthscale, normalize, eps):
+    particles, others = particles.detach(), None if others is None else others.detach()
+    rows = len(particles) + (0 if others is None else len(others))
+    product = None
+    if rows > 1 and not (lengthscale is None or isinstance(lengthscale, Identity)):
+        contrasts = operations.contrasts(particles, others, normalize, eps)
+        product = lengthscale.product(contrasts.flatten(0, 1)).view_as(contrasts)
+    d, alignment, inverse_norm = operations.pair_distances(particles, others, product, normalize, eps)
+    if not (d.is_cuda or torch.compiler.is_compiling()):
+        # NaN and infinity show in these small tensors: the particles are read again only to say where
+        if rows == 1 or not (d.isfinite().all() and (inverse_norm > 0).all()):
+            _check_finite(particles, others)
+        expect(bool(d.isfinite().all()), "particles", f"distances within {d.dtype}", "an overflow")
+    return d, State(particles, others, product, inverse_norm, alignment if normalize else None, operations)
+
+
+@torch.no_grad()
+def _combine(state: State, c: Tensor) -> Tensor:
+    particles, others, product, inverse_norm, alignment, operations = state
+    projection = torch.zeros_like(c[:, 0]) if alignment is None else (c * alignment).sum(1)
+    return operations.combine(particles, others, product, inverse_norm, c, projection)
+
+
+def _choose(backend: str, particles, others, lengthscale, eps):
+    """Validate, then the backend's name and the module or namespace that has its operations."""
+    validation.one_of(backend, "backend", ("auto", *BACKENDS))
+    validation.particles_and_others(particles, others, getattr(lengthscale, "dimension", None))
+    validation.positive(eps, "eps")
+    if backend == "auto":
+        usable = operators.triton_unusable() if particles.is_cuda else operators.cpp_unusable()
+        backend = "reference" if usable else ("triton" if particles.is_cuda else "cpp")
+    match backend:
+        case "reference":
+            from forde_fast import reference
+
+            return backend, reference
+        case "cpp":
+            reason = operators.cpp_unusable() or ("" if particles.is_cpu else f"the particles are on {particles.device}")
+        case "triton":
+            reason = operators.triton_unusable() or _triton_device(particles)
+    expect(not reason, "backend", f"one that is usable for these particles, not {backend!r}", reason, RuntimeError)
+    if backend == "triton" and not particles.is_cuda:
+        from forde_fast.kernels import repulsion as interpreted
+
+        return backend, interpreted
+    return backend, torch.ops.forde_fast
+
+
+def _triton_device(particles: Tensor) -> str:
+    import triton
+
+    if particles.is_cuda or (particles.is_cpu and triton.knobs.runtime.interpret):
+        return ""
+    return f"the particles are on {particles.device} and triton compiles for CUDA"
+
+
+def _check_bandwidth(bandwidth, repelling: Tensor) -> None:
+    if isinstance(bandwidth, Median):
+        return
+    if isinstance(bandwidth, str):
+        expect(bandwidth == "median", "bandwidth", "'median', a Median, a number or a tensor", repr(bandwidth))
+    elif isinstance(bandwidth, Tensor):
+        shape = repelling.shape[:2]
+        expect(bandwidth.is_floating_point(), "bandwidth", "a floating tensor", bandwidth.dtype, TypeError)
+        expect(bandwidth.device in (repelling.device, torch.device("cpu")), "bandwidth", f"device {repelling.device}", bandwidth.device)
+        fits = bandwidth.ndim <= 2 and all(a in (1, b) for a, b in zip(bandwidth.shape[::-1], shape[::-1], strict=False))
+        expect(fits, "bandwidth", f"a shape that broadcasts to {list(shape)}", list(bandwidth.shape))
+        expect(bandwidth.is_cuda or bool((bandwidth > 0).all()), "bandwidth", "values > 0", bandwidth.min())
+    else:
+        validation.positive(bandwidth, "bandwidth")
+
+
+def _check_finite(particles: Tensor, others: Tensor | None) -> None:
+    for tensor, name in ((particles, "particles"), (others, "others")):
+        if tensor is not None and not tensor.is_cuda:
+            validation.finite(tensor.detach(), name)

@@ -1,0 +1,95 @@
+"""The rule between the two stages of the operation: from distances to the value and the mixing coefficients.
+
+Plain PyTorch on small tensors [Mi, Mj, G], in float64 whatever the particles were: the kernels' error is then
+that of the distances alone. Formulas: Trinh et al., ICLR 2024, equations 16 and 17 and the published code.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from forde_fast.validation import expect
+
+FLOOR = 1e-12  # added to every median bandwidth, so that identical particles divide by something
+
+
+@dataclass(frozen=True)
+class Median:
+    """The median heuristic h = median(d) / log(M) + 1e-12 and its variants in the literature.
+
+    over     what one bandwidth covers: "particle" (and sample; the published code of FoRDE), "sample" (the
+             paper's Algorithm 1) or "batch"
+    owner    for over="particle": "second" takes the median over the moving particles i for each j,
+             "first" over the repelling ones j for each i (feature-RDE)
+    add_one  log(M + 1) in place of log(M) (weight- and function-RDE)
+    squared  the square of the median in place of the median (feature-RDE)
+
+    M is the number of repelling particles, taken as 2 where it is 1. Self-distances count, and an even number
+    of values has the mean of the middle two as its median.
+    """
+
+    over: Literal["particle", "sample", "batch"] = "particle"
+    owner: Literal["second", "first"] = "second"
+    add_one: bool = False
+    squared: bool = False
+
+    def __post_init__(self):
+        expect(self.over in ("particle", "sample", "batch"), "over", "particle, sample or batch", self.over)
+        expect(self.owner in ("second", "first"), "owner", "second or first", self.owner)
+
+    def __call__(self, d: Tensor) -> Tensor:
+        """d [Mi, Mj, G] -> h, broadcastable to d."""
+        dims = {"particle": (0,) if self.owner == "second" else (1,), "sample": (0, 1), "batch": (0, 1, 2)}
+        h = median(d, dims[self.over])
+        h = h.square() if self.squared else h
+        return h / math.log(max(d.shape[1], 2 - self.add_one) + self.add_one) + FLOOR
+
+
+def median(d: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """The median over `dims`, kept as size 1, with the mean of the middle two (torch.median has the lower)."""
+    kept = [1 if dim in dims else size for dim, size in enumerate(d.shape)]
+    rest = [dim for dim in range(d.ndim) if dim not in dims]
+    ordered = d.permute(*rest, *dims).flatten(len(rest)).sort(dim=-1).values
+    count = ordered.shape[-1]
+    return ((ordered[..., (count - 1) // 2] + ordered[..., count // 2]) / 2).reshape(kept)
+
+
+def bandwidth_of(d: Tensor, bandwidth: "str | Median | float | Tensor") -> Tensor:
+    """h for the distances d [Mi, Mj, G]: by a rule, or as given ([], [G] or [Mj, G], of the second particle)."""
+    if isinstance(bandwidth, str):
+        bandwidth = Median()
+    if isinstance(bandwidth, Median):
+        return bandwidth(d)
+    return torch.as_tensor(bandwidth, dtype=d.dtype, device=d.device).expand(1, *d.shape[1:])
+
+
+def kernel_rule(d: Tensor, bandwidth="median") -> tuple[Tensor, Tensor, Tensor]:
+    """d [Mi, Mj, G] -> value [], c [Mi, Mj, G], bandwidth [Mj, G] ([Mi, G] where the first particle owns it).
+
+    R = (1/G) sum_i [log sum_j sum_g exp(-d/h) - log G]; dR/ds_i = sum_j c_ij C (s_i - s_j) with
+    c = -(2/G) p / h and p the kernel values normalised over j and g; c = 0 where d = 0.
+    """
+    groups = d.shape[2]
+    exact = d.double()
+    h = bandwidth_of(exact, bandwidth)
+    kernel = torch.exp(-exact / h)
+    rows = kernel.sum((1, 2), keepdim=True)
+    value = (rows / groups).log().sum() / groups
+    c = torch.where(exact == 0, 0.0, kernel / rows / h * (-2 / groups))
+    return value.to(d.dtype), c.to(d.dtype), _per_particle(h, d).to(d.dtype)
+
+
+def kernel_weights(d: Tensor, bandwidth: Tensor) -> Tensor:
+    """p [Mi, Mj, G], the kernel values normalised over j and g, for `bandwidth` [Mj, G] of the second particle."""
+    kernel = torch.exp(-d.double() / bandwidth.double())
+    return kernel / kernel.sum((1, 2), keepdim=True)
+
+
+def _per_particle(h: Tensor, d: Tensor) -> Tensor:
+    """h as [particles, G]: its owner's axis kept, the other one of size 1 dropped."""
+    if h.shape[1] == 1 and h.shape[0] == d.shape[0] > 1:
+        return h[:, 0].contiguous()
+    return h[0].expand(d.shape[1:]).contiguous()

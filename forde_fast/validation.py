@@ -1,0 +1,66 @@
+"""Checks of what comes in: one line that names the argument, what was expected and what came."""
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.float64, torch.bfloat16)
+
+
+def expect(holds: bool, name: str, expected: str, got, error: type[Exception] = ValueError) -> None:
+    """Raise `error` in the one form that every message of the package has."""
+    if not holds:
+        raise error(f"{name}: expected {expected}, got {got}")
+
+
+def one_of(value: str, name: str, valid) -> str:
+    """`value`, if it is one of the names in `valid`; the message lists them."""
+    expect(value in valid, name, "one of " + ", ".join(valid), repr(value))
+    return value
+
+
+def tensor_of_floats(tensor: Tensor, name: str, shape: str) -> None:
+    """A floating tensor with as many dimensions as the names in `shape`, none of size 0."""
+    expect(isinstance(tensor, Tensor), name, "a torch.Tensor", type(tensor).__name__, TypeError)
+    expect(tensor.dtype in FLOATS, name, "float32, float64 or bfloat16", tensor.dtype, TypeError)
+    rank = len(shape.split(","))
+    expect(tensor.ndim == rank, name, f"{rank} dimensions [{shape}]", f"shape {list(tensor.shape)}")
+    expect(tensor.numel() > 0, name, "at least one of each of " + shape, f"shape {list(tensor.shape)}")
+
+
+def particles_and_others(particles: Tensor, others: Tensor | None, dimension: int | None) -> None:
+    """Particles [M, G, D], others [N, G, D] like them, and D as the lengthscale has it (None: any)."""
+    tensor_of_floats(particles, "particles", "M, G, D")
+    if others is not None:
+        tensor_of_floats(others, "others", "N, G, D")
+        expect(others.dtype == particles.dtype, "others", f"dtype {particles.dtype} as particles", others.dtype)
+        expect(others.device == particles.device, "others", f"device {particles.device}", others.device)
+        expect(
+            others.shape[1:] == particles.shape[1:],
+            "others",
+            f"shape [N, {particles.shape[1]}, {particles.shape[2]}] as particles",
+            list(others.shape),
+        )
+    if dimension is not None:
+        expect(particles.shape[2] == dimension, "particles", f"D = {dimension} as the lengthscale", particles.shape[2])
+
+
+def finite(tensor: Tensor, name: str) -> None:
+    """No NaN and no infinity; the message says where the first one is."""
+    bad = ~torch.isfinite(tensor)
+    if bad.any():
+        raise ValueError(f"{name}: expected finite numbers, got {tensor[bad][0].item()} at {bad.nonzero()[0].tolist()}")
+
+
+def positive(value: float, name: str, allow_zero: bool = False) -> None:
+    good = isinstance(value, (int, float)) and (value >= 0 if allow_zero else value > 0) and value < float("inf")
+    expect(good, name, "a finite number " + (">= 0" if allow_zero else "> 0"), value)
+
+
+def labels_in_range(labels: Tensor, classes: int, name: str = "labels") -> None:
+    """Integer labels [B] in [0, classes)."""
+    expect(isinstance(labels, Tensor), name, "a torch.Tensor", type(labels).__name__, TypeError)
+    integer = not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
+    expect(integer, name, "an integer tensor", labels.dtype, TypeError)
+    expect(labels.ndim == 1, name, "1 dimension [B]", f"shape {list(labels.shape)}")
+    low, high = (int(v) for v in torch.aminmax(labels)) if labels.numel() else (0, 0)
+    expect(0 <= low and high < classes, name, f"values from 0 to {classes - 1}", f"values from {low} to {high}")
