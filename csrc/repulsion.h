@@ -24,8 +24,9 @@ struct Kernels {
   void (*squares)(const Sample&, int64_t begin, int64_t end, double* out);
   // out[n-1][k] = s_n[k] - u[k]: orthonormal (Householder) contrasts, u the sample's vector of them
   void (*contrasts)(const Sample&, int64_t begin, int64_t end, void* const* out);
-  // d[i,j] += sum_k (q_i - q_j)(s_i - s_j), e[i,j] += sum_k (q_i - q_j) s_i, [moving, repelling] each
-  void (*pairs)(const Sample&, int64_t begin, int64_t end, double* d, double* e);
+  // d[i,j] += sum_k (q_i - q_j)(s_i - s_j), [moving, repelling], only j > i where the particles repel each other;
+  // growth[n] += sum_k (q_n - q_0)(s_n + s_0), that is s_n^T C s_n - s_0^T C s_0
+  void (*pairs)(const Sample&, int64_t begin, int64_t end, double* d, double* growth);
   // out[i][k] = r_i (sum_j c[i,j] (q_i - q_j)[k] - t[i] s_i[k]), c [moving, repelling]
   void (*combine)(const Sample&, int64_t begin, int64_t end, const double* c, const double* t, void* const* out);
 };

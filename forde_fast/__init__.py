@@ -3,9 +3,35 @@
 Trinh, Heinonen, Acerbi, Kaski: Input-gradient space particle inference for neural network ensembles, ICLR 2024.
 """
 
+from forde_fast import data, models
+from forde_fast.data import corrupt
+from forde_fast.ensemble import Ensemble
+from forde_fast.evaluation import score
 from forde_fast.lengthscales import PCA, Identity
+from forde_fast.methods import Method
 from forde_fast.repulsion import available_backends, combine, distances, repulsion
 from forde_fast.rule import Median
+from forde_fast.spaces import InputGradients
+from forde_fast.trainer import Log, Trainer
 from forde_fast.types import Backend, Repulsion
 
-__all__ = ["PCA", "Backend", "Identity", "Median", "Repulsion", "available_backends", "combine", "distances", "repulsion"]
+__all__ = [
+    "PCA",
+    "Backend",
+    "Ensemble",
+    "Identity",
+    "InputGradients",
+    "Log",
+    "Median",
+    "Method",
+    "Repulsion",
+    "Trainer",
+    "available_backends",
+    "combine",
+    "corrupt",
+    "data",
+    "distances",
+    "models",
+    "repulsion",
+    "score",
+]

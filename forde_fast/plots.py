@@ -1,6 +1,5 @@
 """Figures: what an ensemble says of some images, and how its training went. PNG files, no global state."""
 
-import textwrap
 from collections.abc import Mapping, Sequence
 from os import PathLike
 
@@ -12,7 +11,8 @@ from forde_fast.validation import expect
 
 COLUMNS = 4
 MOST_IMAGES = 64
-RIGHT, WRONG, BAR = "#1a7f37", "#c62828", "#9db8d2"
+LONGEST_NAME = 28  # characters that fit on an image's width
+RIGHT, WRONG, BAR, TRACK = "#1a7f37", "#c62828", "#9db8d2", "#eef1f4"
 
 # key of the log -> title; drawn in this order
 CURVES = {
@@ -36,9 +36,9 @@ def predictions(
     """Draw 1 to 64 images with what is predicted for them; save a PNG at `path` and return the Figure.
 
     images uint8 [n, H, W] or [n, H, W, C] with C 1 or 3, labels [n], classes K names, probabilities [n, K] or
-    [M, n, K]. Each panel has the image, its class, the prediction and its probability (green where right, red
-    where wrong), the uncertainties in nats (see `evaluation.uncertainty`) and the three likeliest classes as
-    bars; with members, a dot for each and the epistemic uncertainty too.
+    [M, n, K]. Each panel has the image's class, the prediction with its probability (green where right, red
+    where wrong), the image, the total uncertainty in nats (see `evaluation.uncertainty`) and the three
+    likeliest classes as bars from 0 to 1; with members, a dot for each and the epistemic uncertainty too.
 
     Raises TypeError for a wrong type or dtype, ValueError for wrong shapes or values, OSError as open does.
     """
@@ -47,19 +47,24 @@ def predictions(
     pixels = _pixels(images)
     members = _member_probs(probabilities, len(pixels), len(classes))
     labels = as_labels(labels, len(pixels), len(classes)).tolist()
-    uncertainties = {name: values.tolist() for name, values in uncertainty(members).items()}
-    if len(members) == 1:
-        uncertainties = {"total": uncertainties["total"]}
-    names = [textwrap.shorten(str(name), 24, placeholder="…") for name in classes]
+    nats = uncertainty(members)
+    names = [str(name) for name in classes]
+    names = [name if len(name) <= LONGEST_NAME else name[: LONGEST_NAME - 1] + "…" for name in names]
 
     columns = min(COLUMNS, len(pixels))
     rows = -(-len(pixels) // columns)
-    figure = Figure(figsize=(2.7 * columns, 3.7 * rows + (0.5 if title else 0)), layout="constrained")
-    figure.suptitle(title, fontsize=13)
-    panels = figure.subfigures(rows, columns, squeeze=False).flatten()
+    heading, height = (0.5, 4.0 * rows) if title else (0.01, 4.0 * rows)
+    figure = Figure(figsize=(2.7 * columns, heading + height))
+    header, body = figure.subfigures(2, 1, height_ratios=(heading, height))
+    header.text(0.5, 0.5, title, fontsize=13, ha="center", va="center", wrap=True)
+    grid = body.add_gridspec(rows, columns)
     for i, image in enumerate(pixels):
-        nats = ", ".join(f"{name} {values[i]:.2f}" for name, values in uncertainties.items())
-        _panel(panels[i], image, names, labels[i], members[:, i].double().numpy(), f"uncertainty [nats]: {nats}")
+        panel = body.add_subfigure(grid[i])
+        caption = f"uncertainty {nats['total'][i]:.2f} nats"
+        if len(members) > 1:
+            caption += f", epistemic {nats['epistemic'][i]:.2f}"
+        _draw_image(panel, image, caption)
+        _draw_classes(panel, names, labels[i], members[:, i].double().numpy())
     figure.savefig(path, format="png", dpi=110)
     return figure
 
@@ -67,9 +72,9 @@ def predictions(
 def training(log: Sequence[Mapping] | Mapping[str, Sequence[Mapping]], path: str | PathLike):
     """Draw a run's log over the steps, one small plot per quantity of CURVES; save a PNG, return the Figure.
 
-    `log` is a list of records as in log.jsonl, each with "step" and any of CURVES' keys, or a dict name -> such
-    a list to draw several runs over each other. Quantities that no run has are left out; those that span more
-    than two decades get a logarithmic axis.
+    `log` is a list of records as in log.jsonl, each with "step" and any of CURVES' keys, or a dict name ->
+    such a list to draw several runs over each other. Quantities that no run has are left out; those that span
+    more than two decades get a logarithmic axis.
 
     Raises TypeError for another type, ValueError if no record has a step and one of the keys, OSError as open
     does.
@@ -79,7 +84,8 @@ def training(log: Sequence[Mapping] | Mapping[str, Sequence[Mapping]], path: str
     runs = log if isinstance(log, Mapping) else {"": log}
     for records in runs.values():
         known = isinstance(records, Sequence) and all(isinstance(record, Mapping) for record in records)
-        expect(known, "log", "a list of dicts, or a dict of such lists", type(records).__name__, error=TypeError)
+        kinds = "a list of dicts, or a dict of such lists"
+        expect(known, "log", kinds, type(records).__name__, error=TypeError)
     curves = {key: {name: _curve(records, key) for name, records in runs.items()} for key in CURVES}
     curves = {key: lines for key, lines in curves.items() if any(len(line) for line in lines.values())}
     expect(bool(curves), "log", f"records with step and one of {', '.join(CURVES)}", "none")
@@ -118,28 +124,34 @@ def _member_probs(probabilities: Array, samples: int, classes: int) -> torch.Ten
     return probs if members else probs[None]
 
 
-def _panel(panel, image: np.ndarray, names: list[str], label: int, members: np.ndarray, caption: str) -> None:
-    """One image [H, W] or [H, W, C] above the bars of its likeliest classes; members [M, K]."""
+def _draw_image(panel, image: np.ndarray, caption: str) -> None:
+    """The image [H, W] or [H, W, C] in the middle of the panel, the caption below it."""
+    axes = panel.add_axes((0.1, 0.34, 0.8, 0.53))
+    axes.imshow(image, cmap="gray", vmin=0, vmax=255)
+    axes.set_axis_off()
+    panel.text(0.5, 0.3, caption, fontsize=8, ha="center")
+
+
+def _draw_classes(panel, names: list[str], label: int, members: np.ndarray) -> None:
+    """The true and the predicted class above the image, the likeliest as bars below it; members [M, K]."""
     mean = members.mean(0)
     top = np.argsort(-mean, kind="stable")[:3]
     right = top[0] == label
-    picture, bars = panel.subplots(2, 1, height_ratios=(3, 1.3))
+    panel.text(0.5, 0.935, f"true: {names[label]}", fontsize=9, ha="center")
+    verdict = f"{'✓' if right else '✗'} {names[top[0]]}, {mean[top[0]]:.0%}"
+    panel.text(0.5, 0.885, verdict, fontsize=9, ha="center", color=RIGHT if right else WRONG)
 
-    picture.imshow(image, cmap="gray", vmin=0, vmax=255)
-    picture.set_axis_off()
-    heading = f"{names[top[0]]}, {mean[top[0]]:.0%} {'✓' if right else '✗'}"
-    panel.suptitle(f"true: {names[label]}\n{heading}", fontsize=9, color=RIGHT if right else WRONG)
-
+    axes = panel.add_axes((0.1, 0.03, 0.8, 0.255))
     rank = np.arange(len(top))
-    bars.barh(rank, mean[top], height=0.8, color=BAR)
+    axes.barh(rank, 1, height=0.35, color=TRACK)
+    axes.barh(rank, mean[top], height=0.35, color=BAR)
     if len(members) > 1:
-        bars.plot(members[:, top].T, rank, "o", color="black", markersize=3, alpha=0.5, markeredgewidth=0)
-    bars.set_yticks(rank, [names[k] for k in top], fontsize=8)
-    bars.set_xlim(0, 1)
-    bars.set_xticks([0, 0.5, 1], ["0", "0.5", "1"], fontsize=7)
-    bars.invert_yaxis()
-    bars.spines[["top", "right"]].set_visible(False)
-    bars.set_xlabel(caption, fontsize=8)
+        axes.plot(members[:, top].T, rank, "o", color="black", markersize=3, alpha=0.5, markeredgewidth=0)
+    for i, k in enumerate(top):
+        axes.text(0, i - 0.3, names[k], fontsize=8)
+        axes.text(1, i - 0.3, f"{mean[k]:.0%}", fontsize=8, ha="right")
+    axes.set(xlim=(-0.02, 1.02), ylim=(2.4, -0.8))
+    axes.set_axis_off()
 
 
 def _curve(records: Sequence[Mapping], key: str) -> np.ndarray:

@@ -45,13 +45,16 @@ def test_an_edge_belongs_to_the_bin_below(dtype):
     assert got == pytest.approx(abs(0.4 - 0.55) / 2, abs=1e-6)
 
 
-def test_every_edge_is_a_hit():
-    edges = torch.arange(8, 16, dtype=torch.float64) / 15  # confidences of two classes: 8/15 to 1
-    below = torch.tensor(np.nextafter(edges.numpy(), 0))
-    confidence = torch.stack([edges, below], 1).flatten()
-    labels = torch.tensor([0, 1]).repeat(8)  # the edge right, the number below it wrong: they share a bin
-    got = score(torch.stack([confidence, 1 - confidence], 1), labels)["ece"]
-    assert got == pytest.approx((edges - 0.5).abs().sum().item() * 2 / 16, abs=1e-12)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_bins_are_exact_to_the_last_bit(dtype):
+    edges = (np.arange(8, 16) / 15).astype(dtype)  # what two classes' confidence can reach
+    lowest, highest = np.nextafter(edges[:-1], dtype(1)), edges[1:]
+    below = np.nextafter(highest, dtype(0))
+    confidence = np.stack([lowest, below, highest], 1)
+    labels = np.repeat(np.arange(len(highest)) % 2, 3)  # all right, all wrong, …: a stray one would cancel
+    got = score(np.stack([confidence, 1 - confidence], 2).reshape(-1, 2), labels)["ece"]
+    expected = np.abs((labels == 0) - confidence.astype(np.float64).flatten()).mean()
+    assert got == pytest.approx(expected, abs=1e-12)
 
 
 @pytest.mark.parametrize("classes", [1, 2, 5])

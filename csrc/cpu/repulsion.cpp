@@ -164,17 +164,17 @@ Tensor contrasts(const Tensor& particles, const OptionalTensor& others, bool nor
   return z;
 }
 
-// Sums over the columns of sample g -> distances and alignment [Mi, Mj, G].
+// Sums over the columns of sample g -> distances and alignment [Mi, Mj, G]. With C symmetric,
+// (q_i - q_j) s_i = (d_ij + s_i^T C s_i - s_j^T C s_j) / 2: one sum for each row rather than for each pair.
 template <class T>
-void store_pairs(const Rows& rows, int64_t g, const double* d, const double* e, T* distances, T* alignment) {
-  const int64_t repelling = rows.repelling();
-  const bool among = !rows.others.defined();
+void store_pairs(const Rows& rows, int64_t g, const double* d, const double* growth, T* distances, T* alignment) {
+  const int64_t first = rows.others.defined() ? rows.moving : 0, repelling = rows.repelling();
   for (int64_t i = 0; i < rows.moving; ++i)
     for (int64_t j = 0; j < repelling; ++j) {
-      const bool mirrored = among && j < i;  // (q_j - q_i) s_j = d_ij - (q_i - q_j) s_i
-      const int64_t from = mirrored ? j * repelling + i : i * repelling + j, to = (i * repelling + j) * rows.groups + g;
-      distances[to] = T(d[from] < 0 ? 0 : d[from]);  // NaN stays NaN
-      alignment[to] = T(mirrored ? d[from] - e[from] : e[from]);
+      const double distance = d[first == 0 && j < i ? j * repelling + i : i * repelling + j];
+      const int64_t to = (i * repelling + j) * rows.groups + g;
+      distances[to] = T(distance < 0 ? 0 : distance);  // NaN stays NaN
+      alignment[to] = T((distance + growth[i] - growth[first + j]) / 2);
     }
 }
 
@@ -184,28 +184,27 @@ std::tuple<Tensor, Tensor, Tensor> pair_distances(const Tensor& particles, const
   const auto options = particles.options().dtype(computing_type(particles));
   Tensor distances = at::empty({rows.moving, rows.repelling(), rows.groups}, options), alignment = at::empty_like(distances);
   Tensor inverse_norm = at::empty({rows.rows, rows.groups}, options);
-  const int64_t splits = rows.splits(), pairs = rows.moving * rows.repelling();
+  const int64_t splits = rows.splits(), pairs = rows.moving * rows.repelling(), sums = pairs + rows.rows;
   const Norms norms(rows, splits, normalize, eps);
-  std::vector<double> partial(splits == 1 ? 0 : rows.groups * splits * 2 * pairs);
+  std::vector<double> partial(splits == 1 ? 0 : rows.groups * splits * sums);
   AT_DISPATCH_FLOATING_TYPES(options.dtype().toScalarType(), "pair_distances", [&] {
-    auto* d_out = distances.mutable_data_ptr<scalar_t>();
-    auto* e_out = alignment.mutable_data_ptr<scalar_t>();
-    auto* r_out = inverse_norm.mutable_data_ptr<scalar_t>();
+    const auto store = [&](int64_t g, const double* sum) {
+      store_pairs(rows, g, sum, sum + pairs, distances.mutable_data_ptr<scalar_t>(), alignment.mutable_data_ptr<scalar_t>());
+    };
     rows.each(splits, [&](int64_t g, int64_t split, int64_t begin, int64_t end) {
       Rows::Pointers pointers;
       const auto r = norms.of(g);
       if (split == 0)
-        for (int64_t n = 0; n < rows.rows; ++n) r_out[n * rows.groups + g] = scalar_t(r[n]);
-      std::vector<double> own(splits == 1 ? 2 * pairs : 0);
-      double* sums = splits == 1 ? own.data() : &partial[(g * splits + split) * 2 * pairs];
-      rows.kernels.pairs(rows.sample(g, r.data(), pointers), begin, end, sums, sums + pairs);
-      if (splits == 1) store_pairs(rows, g, sums, sums + pairs, d_out, e_out);
+        for (int64_t n = 0; n < rows.rows; ++n) inverse_norm.mutable_data_ptr<scalar_t>()[n * rows.groups + g] = scalar_t(r[n]);
+      std::vector<double> own(splits == 1 ? sums : 0);
+      double* sum = splits == 1 ? own.data() : &partial[(g * splits + split) * sums];
+      rows.kernels.pairs(rows.sample(g, r.data(), pointers), begin, end, sum, sum + pairs);
+      if (splits == 1) store(g, sum);
     });
     for (int64_t g = 0; splits > 1 && g < rows.groups; ++g) {
-      double* sums = &partial[g * splits * 2 * pairs];
-      for (int64_t split = 1; split < splits; ++split)
-        for (int64_t p = 0; p < 2 * pairs; ++p) sums[p] += sums[split * 2 * pairs + p];
-      store_pairs(rows, g, sums, sums + pairs, d_out, e_out);
+      double* sum = &partial[g * splits * sums];
+      for (int64_t at = sums; at < splits * sums; ++at) sum[at % sums] += sum[at];
+      store(g, sum);
     }
   });
   return {distances, alignment, inverse_norm};

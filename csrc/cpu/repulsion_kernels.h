@@ -8,7 +8,8 @@
 template <class T>
 using Vector __attribute__((vector_size(32))) = T;
 
-constexpr int64_t kTile = 256;
+constexpr int64_t kTile = 256;          // columns that are worked on at a time
+constexpr int64_t kRun = 16 * kTile;    // columns whose sums stay in vectors of the computing type
 
 struct bfloat16 {
   uint16_t bits;
@@ -39,16 +40,18 @@ constexpr int64_t kWidth = 32 / sizeof(T);
 
 template <class T>
 inline double sum(Vector<T> v) {
-  double total = 0;
-  for (int64_t k = 0; k < kWidth<T>; ++k) total += v[k];
-  return total;
+  T lanes[kWidth<T>];
+  std::memcpy(lanes, &v, sizeof v);
+  for (int64_t width = kWidth<T> / 2; width > 0; width /= 2)
+    for (int64_t k = 0; k < width; ++k) lanes[k] += lanes[k + width];
+  return lanes[0];
 }
 
-// Scratch of this thread: `count` tiles of T.
+// Memory of this thread for `count` vectors, aligned to a cache line; the next call takes it over.
 template <class T>
 inline Vector<T>* scratch(int64_t count) {
   static thread_local std::vector<char> memory;
-  size_t bytes = size_t(count) * kTile * sizeof(T) + 64;
+  const size_t bytes = size_t(count) * sizeof(Vector<T>) + 64;
   if (memory.size() < bytes) memory.resize(bytes);
   auto address = reinterpret_cast<uintptr_t>(memory.data());
   return reinterpret_cast<Vector<T>*>((address + 63) & ~uintptr_t(63));
@@ -56,7 +59,7 @@ inline Vector<T>* scratch(int64_t count) {
 
 // tile = r * values[begin : begin + count], zero up to the end of the tile
 template <class In>
-inline void load(const In* values, Acc<In> r, int64_t count, Acc<In>* __restrict__ tile) {
+inline void fill(const In* values, Acc<In> r, int64_t count, Acc<In>* __restrict__ tile) {
   for (int64_t k = 0; k < count; ++k) tile[k] = r * widen(values[k]);
   for (int64_t k = count; k < kTile; ++k) tile[k] = 0;
 }
@@ -71,28 +74,34 @@ struct Tiles {
   V* s;  // [N, kVectors]
   V* q;  // the same memory as s where C is the identity
 
-  explicit Tiles(const Sample& sample) : sample(sample) {
-    s = scratch<T>(sample.rows * (sample.product ? 2 : 1));
+  explicit Tiles(const Sample& sample, int64_t spare = 0) : sample(sample) {
+    s = scratch<T>(sample.rows * kVectors * (sample.product ? 2 : 1) + spare);
     q = sample.product ? s + sample.rows * kVectors : s;
   }
+
+  V* spare() const { return q + sample.rows * kVectors; }
 
   V* s_row(int64_t n) const { return s + n * kVectors; }
   V* q_row(int64_t n) const { return q + n * kVectors; }
 
+  void load(int64_t begin, int64_t count) {
+    load_s(begin, count);
+    if (sample.product) load_q(begin, count);
+  }
+
   void load_s(int64_t begin, int64_t count) {
     for (int64_t n = 0; n < sample.rows; ++n)
-      load(static_cast<const In*>(sample.values[n]) + begin, T(sample.inverse_norm[n]), count,
+      fill(static_cast<const In*>(sample.values[n]) + begin, T(sample.inverse_norm[n]), count,
            reinterpret_cast<T*>(s_row(n)));
   }
 
   // The contrasts' product gives q_n for n > 0; q_0 = sum_n q_n / (sqrt(N) - 1) has the same shared vector taken away.
   void load_q(int64_t begin, int64_t count) {
-    if (!sample.product) return;
     T* first = reinterpret_cast<T*>(q_row(0));
     std::fill(first, first + kTile, T(0));
     for (int64_t n = 1; n < sample.rows; ++n) {
       T* row = reinterpret_cast<T*>(q_row(n));
-      load(static_cast<const T*>(sample.product[n - 1]) + begin, T(1), count, row);
+      fill(static_cast<const T*>(sample.product[n - 1]) + begin, T(1), count, row);
       for (int64_t k = 0; k < kTile; ++k) first[k] += row[k];
     }
     T scale = T(1 / (std::sqrt(double(sample.rows)) - 1));
@@ -103,15 +112,19 @@ struct Tiles {
 template <class In>
 void squares(const Sample& sample, int64_t begin, int64_t end, double* out) {
   using T = Acc<In>;
-  auto* tile = scratch<T>(1);
-  for (int64_t n = 0; n < sample.rows; ++n)
-    for (int64_t at = begin; at < end; at += kTile) {
-      load(static_cast<const In*>(sample.values[n]) + at, T(1), std::min(kTile, end - at), reinterpret_cast<T*>(tile));
-      Vector<T> total[4] = {};  // four chains hide the latency of the addition
-      for (int64_t v = 0; v < Tiles<In>::kVectors; v += 4)
-        for (int64_t u = 0; u < 4; ++u) total[u] += tile[v + u] * tile[v + u];
-      out[n] += sum<T>((total[0] + total[1]) + (total[2] + total[3]));
+  constexpr int64_t kLanes = 4 * kWidth<T>;  // four chains hide the latency of the addition
+  for (int64_t n = 0; n < sample.rows; ++n) {
+    const In* row = static_cast<const In*>(sample.values[n]);
+    for (int64_t at = begin; at < end; at += kRun) {
+      const int64_t stop = std::min(at + kRun, end);
+      T total[kLanes] = {};
+      int64_t k = at;
+      for (; k + kLanes <= stop; k += kLanes)
+        for (int64_t lane = 0; lane < kLanes; ++lane) total[lane] += widen(row[k + lane]) * widen(row[k + lane]);
+      for (; k < stop; ++k) total[0] += widen(row[k]) * widen(row[k]);
+      for (T lane : total) out[n] += lane;
     }
+  }
 }
 
 template <class In>
@@ -138,48 +151,58 @@ void contrasts(const Sample& sample, int64_t begin, int64_t end, void* const* ou
   }
 }
 
-// The pairs (i, j), ..., (i, j + kPairs - 1) over one tile.
+// total[p] += (q_i - q_{j+p}) (s_i - s_{j+p}) over one tile.
 template <class In, int64_t kPairs>
-inline void pair_tile(const Tiles<In>& tiles, int64_t i, int64_t j, double* d, double* e) {
-  using T = Acc<In>;
-  using V = Vector<T>;
-  const bool weighed = tiles.q != tiles.s;
-  const V *s_i = tiles.s_row(i), *q_i = tiles.q_row(i), *s_j[kPairs], *q_j[kPairs];
-  V distance[kPairs] = {}, alignment[kPairs] = {};
-  for (int64_t p = 0; p < kPairs; ++p) s_j[p] = tiles.s_row(j + p), q_j[p] = tiles.q_row(j + p);
-  if (weighed) {
-    for (int64_t v = 0; v < Tiles<In>::kVectors; ++v)
+inline void pair_tile(const Tiles<In>& tiles, int64_t i, int64_t j, Vector<Acc<In>>* total) {
+  using V = Vector<Acc<In>>;
+  constexpr int64_t kVectors = Tiles<In>::kVectors;
+  const V *s_i = tiles.s_row(i), *q_i = tiles.q_row(i), *s_j = tiles.s_row(j), *q_j = tiles.q_row(j);
+  V sums[kPairs] = {};
+  if (tiles.q == tiles.s) {
+    for (int64_t v = 0; v < kVectors; ++v)
       for (int64_t p = 0; p < kPairs; ++p) {
-        const V dq = q_i[v] - q_j[p][v];
-        distance[p] += dq * (s_i[v] - s_j[p][v]);
-        alignment[p] += dq * s_i[v];
+        const V ds = s_i[v] - s_j[p * kVectors + v];
+        sums[p] += ds * ds;
       }
   } else {
-    for (int64_t v = 0; v < Tiles<In>::kVectors; ++v)
-      for (int64_t p = 0; p < kPairs; ++p) {
-        const V ds = s_i[v] - s_j[p][v];
-        distance[p] += ds * ds;
-        alignment[p] += ds * s_i[v];
-      }
+    for (int64_t v = 0; v < kVectors; ++v)
+      for (int64_t p = 0; p < kPairs; ++p)
+        sums[p] += (q_i[v] - q_j[p * kVectors + v]) * (s_i[v] - s_j[p * kVectors + v]);
   }
-  for (int64_t p = 0; p < kPairs; ++p) d[p] += sum<T>(distance[p]), e[p] += sum<T>(alignment[p]);
+  for (int64_t p = 0; p < kPairs; ++p) total[p] += sums[p];
+}
+
+// total += (q_n - q_0) (s_n + s_0) over one tile: the growth of s^T C s from row 0 to row n.
+template <class In>
+inline void growth_tile(const Tiles<In>& tiles, int64_t n, Vector<Acc<In>>* total) {
+  using V = Vector<Acc<In>>;
+  const V *s_n = tiles.s_row(n), *q_n = tiles.q_row(n), *s_0 = tiles.s_row(0), *q_0 = tiles.q_row(0);
+  V sums = {};
+  for (int64_t v = 0; v < Tiles<In>::kVectors; ++v) sums += (q_n[v] - q_0[v]) * (s_n[v] + s_0[v]);
+  *total += sums;
 }
 
 template <class In>
-void pairs(const Sample& sample, int64_t begin, int64_t end, double* d, double* e) {
-  Tiles<In> tiles(sample);
+void pairs(const Sample& sample, int64_t begin, int64_t end, double* d, double* growth) {
+  using V = Vector<Acc<In>>;
   const bool among = sample.moving == sample.rows;  // the particles repel each other: each pair once
-  const int64_t repelling = among ? sample.rows : sample.rows - sample.moving;
-  for (int64_t at = begin; at < end; at += kTile) {
-    const int64_t count = std::min(kTile, end - at);
-    tiles.load_s(at, count);
-    tiles.load_q(at, count);
-    for (int64_t i = 0; i < sample.moving; ++i) {
-      int64_t j = among ? i + 1 : sample.moving;
-      const int64_t offset = i * repelling - (among ? 0 : sample.moving);
-      for (; j + 4 <= sample.rows; j += 4) pair_tile<In, 4>(tiles, i, j, d + offset + j, e + offset + j);
-      for (; j < sample.rows; ++j) pair_tile<In, 1>(tiles, i, j, d + offset + j, e + offset + j);
+  const int64_t first = among ? 0 : sample.moving, repelling = sample.rows - first, count = sample.moving * repelling;
+  Tiles<In> tiles(sample, count + sample.rows);
+  V* sums = tiles.spare();  // [moving, repelling], then [rows]
+  for (int64_t run = begin; run < end; run += kRun) {
+    std::fill(sums, sums + count + sample.rows, V{});
+    for (int64_t at = run; at < std::min(run + kRun, end); at += kTile) {
+      tiles.load(at, std::min(kTile, end - at));
+      for (int64_t n = 1; n < sample.rows; ++n) growth_tile<In>(tiles, n, sums + count + n);
+      for (int64_t i = 0; i < sample.moving; ++i) {
+        int64_t j = among ? i + 1 : first;
+        V* row = sums + i * repelling - first;
+        for (; j + 4 <= sample.rows; j += 4) pair_tile<In, 4>(tiles, i, j, row + j);
+        for (; j < sample.rows; ++j) pair_tile<In, 1>(tiles, i, j, row + j);
+      }
     }
+    for (int64_t p = 0; p < count; ++p) d[p] += sum<Acc<In>>(sums[p]);
+    for (int64_t n = 0; n < sample.rows; ++n) growth[n] += sum<Acc<In>>(sums[count + n]);
   }
 }
 
@@ -192,8 +215,7 @@ void combine(const Sample& sample, int64_t begin, int64_t end, const double* c, 
   const int64_t first = among ? 0 : sample.moving, repelling = sample.rows - first;
   for (int64_t at = begin; at < end; at += kTile) {
     const int64_t count = std::min(kTile, end - at);
-    tiles.load_s(at, count);
-    tiles.load_q(at, count);
+    tiles.load(at, count);
     for (int64_t i = 0; i < sample.moving; ++i) {
       alignas(32) T mixed[kTile];
       const T r = T(sample.inverse_norm[i]), projection = T(t[i]);

@@ -212,7 +212,7 @@ class Normalisation:
 
     @classmethod
     def fit(cls, images: torch.Tensor) -> Normalisation:
-        """Mean and deviation of uint8 images [N, H, W] or [N, H, W, C]; a constant channel's deviation is 1."""
+        """Mean and deviation of uint8 images [N, H, W] or [N, H, W, C]; a constant channel's std is 1."""
         pixels = _channels_last(images).flatten(0, 2)  # [N·H·W, C]
         if not len(pixels):
             raise ValueError(f"images: expected at least one pixel; got shape {list(images.shape)}")

@@ -49,9 +49,7 @@ class ResNet(nn.Module):
         return self.head(self.blocks(x).mean((2, 3)))
 
 
-def resnet18(
-    width: int = 64, num_classes: int = 10, in_channels: int = 3, zero_head: bool = False
-) -> ResNet:
+def resnet18(width: int = 64, num_classes: int = 10, in_channels: int = 3, zero_head: bool = False) -> ResNet:
     """ResNet18 for small images: [B, C, H, W] -> logits [B, K], for any H and W.
 
     11,173,962 parameters by default. `zero_head` starts the head's weights at zero as the published runs do:

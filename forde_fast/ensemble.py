@@ -1,0 +1,116 @@
+"""M members of any nn.Module, their trainable parameters views of one flat buffer [M, P]."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from forde_fast.validation import expect
+
+
+class Ensemble(nn.Module):
+    """Members made by `make_model()` one after another, from one seed; member 0 is what the seed alone gives.
+
+    flat  [M, P], the trainable parameters of all members: a member's parameters are views of its row, in the
+          order of `named_parameters()`. Frozen ones (requires_grad=False) stay outside.
+
+    Called on x it returns the members' outputs [M, B, K]. Raises TypeError or ValueError for members = 0 and
+    for members whose trainable parameters differ in name, shape, dtype or device.
+    """
+
+    def __init__(self, make_model: Callable[[], nn.Module], members: int = 10, seed: int = 0):
+        expect(callable(make_model), "make_model", "a callable that returns a module", make_model, TypeError)
+        whole = isinstance(members, int) and not isinstance(members, bool)
+        expect(whole and members >= 1, "members", "a whole number >= 1", members)
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            torch.manual_seed(seed)
+            modules = [make_model() for _ in range(members)]
+        super().__init__()
+        self._adopt(modules)
+
+    @classmethod
+    def from_modules(cls, modules: Sequence[nn.Module]) -> Ensemble:
+        """The given modules as members; their parameters become views of the ensemble's buffer."""
+        ensemble = cls.__new__(cls)
+        nn.Module.__init__(ensemble)
+        ensemble._adopt(list(modules))
+        return ensemble
+
+    def _adopt(self, modules: list[nn.Module]) -> None:
+        expect(len(modules) >= 1, "modules", "at least one", "none")
+        for module in modules:
+            expect(isinstance(module, nn.Module), "modules", "torch.nn.Module", type(module).__name__, TypeError)
+        expect(len({id(m) for m in modules}) == len(modules), "modules", "distinct modules", "one of them twice")
+        self.members = nn.ModuleList(modules)
+        first = self._signature(modules[0])
+        expect(len(first) > 0, "modules", "some trainable parameters", "none")
+        for number, module in enumerate(modules[1:], 1):
+            other = self._signature(module)
+            odd = next((pair for pair in zip(first, other, strict=False) if pair[0] != pair[1]), (len(first), len(other)))
+            expect(first == other, f"modules[{number}]", f"the parameters of modules[0], {odd[0]}", odd[1])
+        expect(len({entry[2:] for entry in first}) == 1, "modules", "one dtype and device", first)
+        self._flatten()
+
+    @staticmethod
+    def _signature(module: nn.Module) -> list[tuple]:
+        return [(n, tuple(p.shape), p.dtype, p.device) for n, p in _trainable(module)]
+
+    def _flatten(self) -> None:
+        rows = [torch.cat([p.detach().flatten() for _, p in _trainable(m)]) for m in self.members]
+        self.flat = torch.stack(rows)
+        for row, module in zip(self.flat, self.members, strict=True):
+            named = _trainable(module)
+            for (_, p), view in zip(named, row.split([p.numel() for _, p in named]), strict=True):
+                p.data = view.view(p.shape)
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)  # moves or casts parameter by parameter: they are no views afterwards
+        self._flatten()
+        return self
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    def member(self, index: int) -> nn.Module:
+        """An ordinary nn.Module; its parameters stay those of the ensemble (deepcopy it to part from it)."""
+        return self.members[index]
+
+    def functional(self, index: int, parameters: Tensor, buffers: dict[str, Tensor] | None = None):
+        """Member `index` as a function of x, with `parameters` [P] in its graph; buffers are updated in place."""
+        named = _trainable(self.members[index])
+        views = parameters.split([p.numel() for _, p in named])
+        tensors = {name: view.view(p.shape) for (name, p), view in zip(named, views, strict=True)}
+        return lambda x: functional_call(self.members[index], {**tensors, **(buffers or {})}, (x,))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([member(x) for member in self.members])
+
+    @torch.no_grad()
+    def predict_members(self, x: Tensor, batch_size: int = 1024) -> Tensor:
+        """x [B, ...] -> each member's softmax [M, B, K], in evaluation mode; the modes are restored."""
+        with evaluation_mode(self):
+            return torch.cat([self(part).softmax(-1) for part in x.split(batch_size)], dim=1)
+
+    def predict_proba(self, x: Tensor, batch_size: int = 1024) -> Tensor:
+        """x [B, ...] -> [B, K], the mean of the members' softmax."""
+        return self.predict_members(x, batch_size).mean(0)
+
+
+@contextlib.contextmanager
+def evaluation_mode(module: nn.Module) -> Iterable[None]:
+    """Every submodule in evaluation mode, and afterwards each in the mode it was in."""
+    training = [m for m in module.modules() if m.training]
+    module.eval()
+    try:
+        yield
+    finally:
+        for m in training:
+            m.training = True
+
+
+def _trainable(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    return [(name, p) for name, p in module.named_parameters() if p.requires_grad]

@@ -1,0 +1,47 @@
+"""What of a member is compared: particles, attached to the graph that pulls a gradient on them back to parameters.
+
+A space is a callable (forward, x, y) -> (outputs, particles): `forward` maps x [B, ...] to the member's outputs
+[B, K] with its parameters in the graph; particles [B, D] (in general [G, D]) carry that graph. The trainer then
+takes one vector-Jacobian product with the cotangents (1, repulsion gradient) of (loss, particles): exact for any
+module, terms across samples by BatchNorm and dropout masks included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from forde_fast.validation import expect, one_of
+
+SCORES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "logit": lambda outputs, y: outputs.gather(1, y[:, None])[:, 0],
+    "log_probability": lambda outputs, y: outputs.log_softmax(1).gather(1, y[:, None])[:, 0],
+}
+
+
+@dataclass(frozen=True)
+class InputGradients:
+    """J[b] = d score_b / d x_b, flattened: FoRDE's space (Trinh et al., ICLR 2024, section 3).
+
+    score  "logit": the true class's raw logit (the published code); "log_probability": its log-softmax (the
+           paper's section 3.2); or any callable(outputs, y) -> [B]: regression, soft labels, several labels
+    """
+
+    score: str | Callable[[Tensor, Tensor], Tensor] = "logit"
+
+    def __post_init__(self):
+        if not callable(self.score):
+            one_of(self.score, "score", SCORES)
+
+    def __call__(self, forward: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """x [B, ...] floating, y [B] -> outputs, J [B, D] with D the number of values of one x."""
+        x = x.detach().requires_grad_()
+        outputs = forward(x)
+        score = self.score if callable(self.score) else SCORES[self.score]
+        scores = score(outputs, y)
+        expect(scores.shape == x.shape[:1], "score", f"one number per sample, [{len(x)}]", list(scores.shape))
+        (gradients,) = torch.autograd.grad(scores.sum(), x, create_graph=True)
+        return outputs, gradients.flatten(1)

@@ -1,0 +1,303 @@
+"""FoRDE as an algorithm: State, init, gradient, update, pure functions; and Trainer, the loop around them.
+
+One step moves every member i against the gradient, with respect to its parameters, of
+
+    mean_b CE(f(x_b; theta_i), y_b) + (weight_decay / 2) |theta_i|^2 + repulsion_weight * R
+
+(Trinh et al., ICLR 2024, equation 12). R's gradient with respect to the particles is fed back as their
+cotangent, together with the loss's, in one vector-Jacobian product per member.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from forde_fast import validation
+from forde_fast.ensemble import Ensemble, evaluation_mode
+from forde_fast.methods import Method, resolve
+from forde_fast.repulsion import repulsion
+from forde_fast.rule import kernel_weights, median
+from forde_fast.types import Repulsion
+from forde_fast.validation import expect
+
+RATIO_EVERY = 10  # steps between measurements of gradient_ratio, each of which costs a backward pass
+
+
+class Log(NamedTuple):
+    """What one step saw; tensors [] that are not waited for. Without repulsion all but the first are 0.
+
+    cross_entropy      summed over the members (as R is), mean over the batch
+    repulsion          R, before its weight
+    bandwidth_median   mean over particles and samples of the median distance
+    gradient_cosine    mean cosine between two members' particles: 1 where they agree, the quantity FoRDE lowers
+    weight_entropy     mean entropy, in nats, of the kernel weights of a member; log(M B) where all are alike
+    gradient_ratio     norm of the weighted repulsion's parameter gradient over that of the cross-entropy, as
+                       last measured (every RATIO_EVERY steps; it costs a backward pass)
+    dead_rows          particles whose squared norm is <= eps: their gradient is set to 0
+    """
+
+    cross_entropy: Tensor
+    repulsion: Tensor
+    bandwidth_median: Tensor
+    gradient_cosine: Tensor
+    weight_entropy: Tensor
+    gradient_ratio: Tensor
+    dead_rows: Tensor
+
+
+@dataclass(frozen=True)
+class State:
+    """parameters, velocity: [M, P]; buffers: one dict of tensors per member; step: updates done."""
+
+    parameters: Tensor
+    velocity: Tensor
+    buffers: tuple[dict[str, Tensor], ...]
+    step: int
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is descended: the loss, and the repulsion of a method with its lengthscale, weight, eps and backend."""
+
+    method: Method
+    lengthscale: object = None
+    repulsion_weight: float = 1.0
+    eps: float = 1e-24
+    backend: str = "auto"
+    loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy
+
+
+@dataclass(frozen=True)
+class SGD:
+    """v <- momentum v + g;  theta <- theta - lr (g + momentum v), or - lr v without Nesterov; g has weight decay."""
+
+    lr: float = 0.1
+    momentum: float = 0.9
+    nesterov: bool = True
+    weight_decay: float = 5e-4
+
+
+def init(ensemble: Ensemble) -> State:
+    """The ensemble's parameters and buffers, copied, and a velocity of 0."""
+    buffers = tuple({name: b.clone() for name, b in member.named_buffers()} for member in ensemble.members)
+    return State(ensemble.flat.clone(), torch.zeros_like(ensemble.flat), buffers, 0)
+
+
+def update(state: State, x: Tensor, y: Tensor, ensemble: Ensemble, objective: Objective, sgd: SGD) -> tuple[State, Log]:
+    """One step: x [B, ...], y [B] -> the next State and what it saw. `state` and the ensemble stay as they are."""
+    buffers = tuple({name: b.clone() for name, b in own.items()} for own in state.buffers)
+    g, log = gradient(ensemble, state.parameters, buffers, x, y, objective, measure_ratio=state.step % RATIO_EVERY == 0)
+    parameters, velocity = state.parameters.clone(), state.velocity.clone()
+    descend_(parameters, velocity, g, sgd)
+    return State(parameters, velocity, buffers, state.step + 1), log
+
+
+def descend_(parameters: Tensor, velocity: Tensor, g: Tensor, sgd: SGD) -> None:
+    """SGD's update of parameters, velocity and g [M, P], in place; torch.optim.SGD's operations in its order."""
+    g.add_(parameters, alpha=sgd.weight_decay)
+    velocity.mul_(sgd.momentum).add_(g)
+    parameters.add_(g.add_(velocity, alpha=sgd.momentum) if sgd.nesterov else velocity, alpha=-sgd.lr)
+
+
+def gradient(
+    ensemble: Ensemble,
+    parameters: Tensor,
+    buffers: tuple[dict[str, Tensor], ...] | None,
+    x: Tensor,
+    y: Tensor,
+    objective: Objective,
+    measure_ratio: bool = False,
+) -> tuple[Tensor, Log]:
+    """The objective's gradient [M, P] without weight decay at `parameters` [M, P], and the step's Log.
+
+    buffers  updated in place by the forward passes; None: the members' own
+    """
+    repels = objective.method.space is not None and len(ensemble) > 1 and objective.repulsion_weight != 0
+    thetas, losses, particles = [], [], []
+    for i in range(len(ensemble)):
+        theta = parameters[i].detach().requires_grad_()
+        forward = ensemble.functional(i, theta, buffers[i] if buffers else None)
+        outputs, own = objective.method.space(forward, x, y) if repels else (forward(x), None)
+        thetas.append(theta)
+        losses.append(objective.loss(outputs, y))
+        particles.append(own)
+    log = dict.fromkeys(Log._fields, parameters.new_zeros(()))
+    log["cross_entropy"] = torch.stack([loss.detach() for loss in losses]).sum()
+    cotangents = [None] * len(ensemble)
+    if repels:
+        together = torch.stack([own.detach() for own in particles])
+        result, cotangents, dead = _repel(together, objective)
+        log |= _diagnose(together, result, dead)
+    g = torch.empty_like(parameters)
+    plain = torch.empty_like(parameters) if repels and measure_ratio else None
+    for i, theta in enumerate(thetas):
+        if plain is not None:
+            plain[i] = torch.autograd.grad(losses[i], theta, retain_graph=True)[0]
+        pair = ((losses[i], particles[i]), (None, cotangents[i])) if repels else (losses[i], None)
+        g[i] = torch.autograd.grad(pair[0], theta, pair[1])[0]
+        losses[i] = particles[i] = None  # this member's graph is freed
+    if plain is not None:
+        log["gradient_ratio"] = (g - plain).norm() / plain.norm()
+    return g, Log(**log)
+
+
+def _repel(particles: Tensor, objective: Objective) -> tuple[Repulsion, Tensor, Tensor]:
+    """R of particles [M, B, D], their cotangents and how many rows are dead.
+
+    A row with |J|^2 <= eps would get a gradient of order 1/sqrt(eps) from the normalisation.
+    """
+    method = objective.method
+    result = repulsion(
+        particles,
+        objective.lengthscale,
+        normalize=method.normalize,
+        eps=objective.eps,
+        bandwidth=method.bandwidth,
+        backend=objective.backend,
+    )
+    cotangents = result.gradient
+    if objective.repulsion_weight != 1:
+        cotangents = cotangents * objective.repulsion_weight
+    dead = particles.square().sum(-1, keepdim=True) <= objective.eps
+    return result, cotangents.masked_fill(dead, 0) if method.normalize else cotangents, dead.sum()
+
+
+def _diagnose(particles: Tensor, result: Repulsion, dead: Tensor) -> dict[str, Tensor]:
+    members = len(particles)
+    unit = F.normalize(particles, dim=-1)
+    aligned = unit.sum(0).square().sum() - unit.square().sum()
+    weights = kernel_weights(result.distances, result.bandwidth)
+    return {
+        "repulsion": result.value,
+        "bandwidth_median": median(result.distances, (0,)).mean(),
+        "gradient_cosine": aligned / (members * (members - 1) * particles.shape[1]),
+        "weight_entropy": torch.special.entr(weights).sum() / members,
+        "dead_rows": dead,
+    }
+
+
+def published_schedule(progress: float, ratio: float = 0.01) -> float:
+    """The learning rate's factor after a share `progress` of the epochs: 1 up to half, linear to `ratio` at 90 %."""
+    return 1.0 if progress <= 0.5 else max(ratio, 1 - (1 - ratio) * (progress - 0.5) / 0.4)
+
+
+class Trainer:
+    """Trains an ensemble in place. The defaults are those of the published runs.
+
+    method            "de", "forde", or a Method
+    lengthscale       of the particles' space; None: the identity
+    repulsion_weight  w. R carries 1/B where a posterior of N points has 1/N: w B / N is the power of the
+                      posterior's repulsion; keep w / B fixed when the batch changes
+    eps               added to the squared norm of a particle
+    backend           of the repulsion operation
+    lr, momentum, nesterov, weight_decay   of SGD
+    optimizer         any torch optimiser in place of SGD: a callable that takes the members' parameters, such as
+                      lambda parameters: torch.optim.Adam(parameters, lr=1e-3)
+    loss              (outputs, y) -> [], mean over the batch
+    seed              of what is random in `fit` (dropout); the loader has its own
+    """
+
+    def __init__(self, ensemble: Ensemble, method: str | Method = "forde", lengthscale=None,
+                 repulsion_weight: float = 1.0, eps: float = 1e-24, backend: str = "auto", lr: float = 0.1,
+                 momentum: float = 0.9, nesterov: bool = True, weight_decay: float = 5e-4,
+                 optimizer: Callable[[Iterable], torch.optim.Optimizer] | None = None,
+                 loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy, seed: int = 0):  # fmt: skip
+        expect(isinstance(ensemble, Ensemble), "ensemble", "an Ensemble", type(ensemble).__name__, TypeError)
+        for name, value in (("repulsion_weight", repulsion_weight), ("momentum", momentum), ("weight_decay", weight_decay)):
+            validation.positive(value, name, allow_zero=True)
+        validation.positive(eps, "eps")
+        validation.positive(lr, "lr")
+        from forde_fast.repulsion import BACKENDS
+
+        validation.one_of(backend, "backend", ("auto", *BACKENDS))
+        self.ensemble = ensemble
+        self.objective = Objective(resolve(method), lengthscale, repulsion_weight, eps, backend, loss)
+        self.sgd = SGD(lr, momentum, nesterov, weight_decay)
+        self.velocity = torch.zeros_like(ensemble.flat)
+        self.optimizer = None
+        if optimizer is not None:
+            parameters = [p for p in ensemble.parameters() if p.requires_grad]
+            self.optimizer = optimizer(parameters)
+            self._rates = [group["lr"] for group in self.optimizer.param_groups]
+        self.seed = seed
+        self.steps = 0
+        self._classes: int | None = None
+        self._ratio = torch.zeros((), device=ensemble.flat.device)
+
+    def step(self, x: Tensor, y: Tensor, rate: float = 1.0) -> Log:
+        """One update on the batch x [B, ...], y [B], with the learning rate times `rate`."""
+        self._check(x, y)
+        if not self.ensemble.training:
+            self.ensemble.train()
+        flat, measured = self.ensemble.flat, self.steps % RATIO_EVERY == 0
+        g, log = gradient(self.ensemble, flat, None, x, y, self.objective, measured)
+        with torch.no_grad():
+            if self.optimizer is None:
+                descend_(flat, self.velocity, g, SGD(self.sgd.lr * rate, *self._sgd_rest))
+            else:
+                self._step_with_optimizer(g, rate)
+        self.steps += 1
+        if measured:
+            self._ratio = log.gradient_ratio
+        return log._replace(gradient_ratio=self._ratio)
+
+    def fit(self, loader, epochs: int, schedule: Callable[[float], float] = published_schedule,
+            on_step: Callable[[int, Log], None] | None = None) -> None:  # fmt: skip
+        """Train on the batches (x, y) of `loader`, an iterable that can be read once per epoch.
+
+        schedule  (share of the epochs done before this one) -> factor on the learning rate
+        on_step   called with (epoch, log) after every step
+        """
+        validation.positive(epochs, "epochs")
+        device = self.ensemble.flat.device
+        for epoch in range(epochs):
+            steps = self.steps
+            with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+                torch.manual_seed(int(np.random.SeedSequence([self.seed, epoch]).generate_state(1)[0]))
+                for x, y in loader:
+                    log = self.step(x.to(device), y.to(device), schedule(epoch / epochs))
+                    if on_step is not None:
+                        on_step(epoch, log)
+            expect(self.steps > steps, "loader", "at least one batch per epoch", f"none in epoch {epoch}")
+
+    @property
+    def _sgd_rest(self):
+        return self.sgd.momentum, self.sgd.nesterov, self.sgd.weight_decay
+
+    def _step_with_optimizer(self, g: Tensor, rate: float) -> None:
+        parameters = [[p for p in member.parameters() if p.requires_grad] for member in self.ensemble.members]
+        for row, own in zip(g, parameters, strict=True):
+            for p, view in zip(own, row.split([p.numel() for p in own]), strict=True):
+                p.grad = view.view(p.shape)
+        for group, lr in zip(self.optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = lr * rate
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _check(self, x: Tensor, y: Tensor) -> None:
+        flat = self.ensemble.flat
+        validation.tensor_of_floats(x, "x", ", ".join(["B", "...", "...", "...", "..."][: max(x.ndim, 2)]))
+        expect(x.dtype == flat.dtype, "x", f"dtype {flat.dtype}, as the members", x.dtype, TypeError)
+        expect(x.device == flat.device, "x", f"device {flat.device}, as the members", x.device)
+        expect(isinstance(y, Tensor), "y", "a torch.Tensor", type(y).__name__, TypeError)
+        expect(y.shape[:1] == x.shape[:1], "y", f"{len(x)} of them, one per sample", list(y.shape))
+        expect(y.device == x.device, "y", f"device {x.device}, as x", y.device)
+        dimension = getattr(self.objective.lengthscale, "dimension", None)
+        size = math.prod(x.shape[1:])
+        expect(dimension in (None, size), "x", f"{dimension} values per sample, as the lengthscale", size)
+        if self._classes is None:
+            with torch.no_grad(), evaluation_mode(self.ensemble):
+                self._classes = self.ensemble.member(0)(x[:1]).shape[-1]
+        elif x.is_cuda:
+            return  # values are looked at once: each look would wait for the device
+        validation.finite(x, "x")
+        if self.objective.loss is F.cross_entropy and not y.is_floating_point():
+            validation.labels_in_range(y, self._classes, "y")
