@@ -1,7 +1,7 @@
 // What the C++ backend's kernels are: passes over one sample's rows, a range of columns at a time.
 //
 // One sample has N rows of D input values: those of the particles that move, then those of the others where these
-// are given. s_n = r_n p_n are the normalised rows; q_n = s_n C up to a vector that all of them share, as only
+// are given. s_n = p_n / norm_n are the normalised rows; q_n = s_n C up to a vector that all of them share, as only
 // differences of q are used. Sums leave a kernel in double.
 #pragma once
 
@@ -16,7 +16,7 @@ struct Sample {
   int64_t moving;             // the first of them, which get a gradient
   const void* const* values;  // [N] -> [D] of the input type
   const void* const* product; // [N-1] -> [D] of the computing type: contrasts times C; null: C is the identity
-  const double* inverse_norm; // [N], r
+  const double* norm;         // [N], sqrt(|p|^2 + eps), or 1
 };
 
 struct Kernels {
@@ -27,7 +27,7 @@ struct Kernels {
   // d[i,j] += sum_k (q_i - q_j)(s_i - s_j), [moving, repelling], only j > i where the particles repel each other;
   // growth[n] += sum_k (q_n - q_0)(s_n + s_0), that is s_n^T C s_n - s_0^T C s_0
   void (*pairs)(const Sample&, int64_t begin, int64_t end, double* d, double* growth);
-  // out[i][k] = r_i (sum_j c[i,j] (q_i - q_j)[k] - t[i] s_i[k]), c [moving, repelling]
+  // out[i][k] = (sum_j c[i,j] (q_i - q_j)[k] - t[i] s_i[k]) / norm_i, c [moving, repelling]
   void (*combine)(const Sample&, int64_t begin, int64_t end, const double* c, const double* t, void* const* out);
 };
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from forde_fast.validation import expect
+from forde_fast.validation import expect, whole
 
 
 class Ensemble(nn.Module):
@@ -24,8 +24,7 @@ class Ensemble(nn.Module):
 
     def __init__(self, make_model: Callable[[], nn.Module], members: int = 10, seed: int = 0):
         expect(callable(make_model), "make_model", "a callable that returns a module", make_model, TypeError)
-        whole = isinstance(members, int) and not isinstance(members, bool)
-        expect(whole and members >= 1, "members", "a whole number >= 1", members)
+        whole(members, "members")
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             torch.manual_seed(seed)
             modules = [make_model() for _ in range(members)]
@@ -43,16 +42,27 @@ class Ensemble(nn.Module):
     def _adopt(self, modules: list[nn.Module]) -> None:
         expect(len(modules) >= 1, "modules", "at least one", "none")
         for module in modules:
-            expect(isinstance(module, nn.Module), "modules", "torch.nn.Module", type(module).__name__, TypeError)
-        expect(len({id(m) for m in modules}) == len(modules), "modules", "distinct modules", "one of them twice")
+            expect(
+                isinstance(module, nn.Module), "modules", "torch.nn.Module", type(module).__name__, TypeError
+            )
+        expect(
+            len({id(m) for m in modules}) == len(modules), "modules", "distinct modules", "one of them twice"
+        )
         self.members = nn.ModuleList(modules)
         first = self._signature(modules[0])
         expect(len(first) > 0, "modules", "some trainable parameters", "none")
         for number, module in enumerate(modules[1:], 1):
             other = self._signature(module)
-            odd = next((pair for pair in zip(first, other, strict=False) if pair[0] != pair[1]), (len(first), len(other)))
+            odd = next(
+                (pair for pair in zip(first, other, strict=False) if pair[0] != pair[1]),
+                (len(first), len(other)),
+            )
             expect(first == other, f"modules[{number}]", f"the parameters of modules[0], {odd[0]}", odd[1])
-        expect(len({entry[2:] for entry in first}) == 1, "modules", "one dtype and device", first)
+        kinds = {f"{dtype} on {device}" for _, _, dtype, device in first}
+        expect(len(kinds) == 1, "modules", "one dtype and device", ", ".join(sorted(kinds)))
+        own = [id(p) for module in modules for _, p in _trainable(module)]
+        shared = "one that several members share"
+        expect(len(set(own)) == len(own), "modules", "trainable parameters of their own", shared)
         self._flatten()
 
     @staticmethod
@@ -71,6 +81,10 @@ class Ensemble(nn.Module):
         super()._apply(fn, recurse)  # moves or casts parameter by parameter: they are no views afterwards
         self._flatten()
         return self
+
+    def __setstate__(self, state):
+        super().__setstate__(state)  # copy.deepcopy and pickle copy parameter by parameter, as above
+        self._flatten()
 
     def __len__(self) -> int:
         return len(self.members)

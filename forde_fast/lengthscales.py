@@ -41,7 +41,12 @@ class Lengthscale:
             raise ValueError(f"path: expected a lengthscale in safetensors, got {path} ({error})") from None
         wanted = [k for k in (Identity, PCA) if issubclass(k, cls)]
         found = [k for k in wanted if k.__name__ == kind]
-        expect(bool(found), "path", f"a file holding {' or '.join(k.__name__ for k in wanted)}", f"{path}: {kind}")
+        expect(
+            bool(found),
+            "path",
+            f"a file holding {' or '.join(k.__name__ for k in wanted)}",
+            f"{path}: {kind}",
+        )
         return found[0](**tensors)
 
     def _tensors(self) -> dict[str, Tensor]:
@@ -113,9 +118,11 @@ class PCA(Lengthscale):
         scale   "unit_mean" divides by the mean eigenvalue, which fixes what a blend means
         """
         expect(scale in (None, "unit_mean"), "scale", "None or 'unit_mean'", repr(scale))
+        if rank is not None:
+            validation.whole(rank, "rank")
         covariance = _covariance(images, center)
         size = len(covariance)
-        expect(rank is None or 1 <= rank <= size, "rank", f"None or 1 to {size}", rank)
+        expect(rank is None or rank <= size, "rank", f"None or 1 to {size}", rank)
         eigenvalues, eigenvectors = torch.linalg.eigh(covariance)
         eigenvalues, eigenvectors = eigenvalues.flip(0).clamp_min(0), eigenvectors.flip(1)
         if scale == "unit_mean":
@@ -192,15 +199,22 @@ def _covariance(images, center: bool) -> Tensor:
     for batch in [images] if isinstance(images, Tensor) else images:
         rows = batch[0] if isinstance(batch, (tuple, list)) else batch
         expect(isinstance(rows, Tensor), "images", "tensors", type(rows).__name__, TypeError)
-        expect(rows.is_floating_point(), "images", "floats, as the model receives them", rows.dtype, TypeError)
-        expect(rows.ndim >= 2, "images", "[N, ...] with at least two dimensions", f"shape {list(rows.shape)}")
+        expect(
+            rows.is_floating_point(), "images", "floats, as the model receives them", rows.dtype, TypeError
+        )
+        shaped = rows.ndim >= 2 and rows.numel() > 0
+        expect(shaped, "images", "[N, ...] with two dimensions or more, none empty", f"shape {list(rows.shape)}")
         validation.finite(rows, "images")
         if total is None:
             size = rows[0].numel()
-            total, square = (torch.zeros(s, dtype=torch.float64, device=rows.device) for s in (size, (size, size)))
+            total, square = (
+                torch.zeros(s, dtype=torch.float64, device=rows.device) for s in (size, (size, size))
+            )
             # accumulated about a point near the mean: no cancellation when that is taken away at the end
             origin = rows.double().flatten(1).mean(0) if center else torch.zeros_like(total)
-        expect(rows[0].numel() == size, "images", f"{size} values each, as in the first batch", rows[0].numel())
+        expect(
+            rows[0].numel() == size, "images", f"{size} values each, as in the first batch", rows[0].numel()
+        )
         for chunk in rows.split(4096):
             x = chunk.double().flatten(1) - origin
             count, total = count + len(x), total + x.sum(0)

@@ -11,14 +11,15 @@ from torch import Tensor
 
 library = torch.library.Library("forde_fast", "DEF")
 
-# N rows: the particles', then the others' where these are given. Accumulated in float32 (float64 for float64).
+# N rows: the particles', then the others' where these are given. Results but the gradient are in float32
+# (float64 for float64); norm [N, G] is sqrt(|p|^2 + eps), or 1; alignment is (q_i - q_j) s_i.
 library.define("contrasts(Tensor particles, Tensor? others, bool normalize, float eps) -> Tensor")
 library.define(
     "pair_distances(Tensor particles, Tensor? others, Tensor? product, bool normalize, float eps)"
-    " -> (Tensor distances, Tensor alignment, Tensor inverse_norm)"
+    " -> (Tensor distances, Tensor alignment, Tensor norm)"
 )
 library.define(
-    "combine(Tensor particles, Tensor? others, Tensor? product, Tensor inverse_norm, Tensor coefficients,"
+    "combine(Tensor particles, Tensor? others, Tensor? product, Tensor norm, Tensor coefficients,"
     " Tensor projection) -> Tensor"
 )
 library.define("attach_gradient(Tensor particles, Tensor value, Tensor gradient) -> Tensor")
@@ -45,7 +46,7 @@ def _(particles, others, product, normalize, eps):
 
 
 @torch.library.register_fake("forde_fast::combine")
-def _(particles, others, product, inverse_norm, coefficients, projection):
+def _(particles, others, product, norm, coefficients, projection):
     return particles.new_empty(particles.shape)
 
 
@@ -88,6 +89,7 @@ torch.library.register_autograd("forde_fast::attach_gradient", _first_derivative
 torch.library.register_autograd("forde_fast::scale_gradient", _second_derivative)
 
 
+@torch.compiler.assume_constant_result
 @functools.cache
 def cpp_unusable() -> str:
     """Why the C++ backend cannot be used; empty where it can. Loading it registers its operations."""
@@ -98,6 +100,7 @@ def cpp_unusable() -> str:
     return ""
 
 
+@torch.compiler.assume_constant_result
 @functools.cache
 def triton_unusable() -> str:
     """Why the Triton backend cannot be used; empty where it can (on CUDA tensors, or interpreted on CPU ones)."""

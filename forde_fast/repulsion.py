@@ -15,6 +15,10 @@ from forde_fast.validation import expect
 
 BACKENDS = ("reference", "cpp", "triton")
 
+# Up to so many columns the work is done in float64. It costs next to nothing there, and it is there that single
+# samples meet the worst of the product's rounding: differences that lie across the few heaviest directions.
+EXACT_COLUMNS = 256
+
 
 class State(NamedTuple):
     """What `combine` needs from `distances`; N rows: the particles, then the others where these are given."""
@@ -22,8 +26,9 @@ class State(NamedTuple):
     particles: Tensor  # [Mi, G, D]
     others: Tensor | None  # [Mj, G, D]
     product: Tensor | None  # [N - 1, G, D], orthonormal contrasts of the normalised rows times C
-    inverse_norm: Tensor  # [N, G]
+    norm: Tensor  # [N, G]
     alignment: Tensor | None  # [Mi, Mj, G], (s_i - s_j)^T C s_i; None: the particles are not normalised
+    dtype: torch.dtype  # of the gradient
     operations: object
 
 
@@ -56,7 +61,8 @@ def repulsion(
     backend      "reference", "cpp", "triton", or "auto", which alone chooses
 
     Returns `Repulsion`: value and bandwidth in float32 (float64 for float64), the gradient in the particles'
-    dtype. The value is differentiable once with respect to the particles.
+    dtype. The value is differentiable once with respect to the particles. Sums run in float32 or better; where
+    D <= 256 everything is computed in float64.
 
     Raises TypeError or ValueError for bad arguments, ValueError for NaN or infinity in CPU tensors (CUDA tensors
     are not inspected: that would wait for the device) and RuntimeError, with the reason, for a backend that
@@ -70,7 +76,8 @@ def repulsion(
     else:
         d, state = _distances(implementation, particles, others, lengthscale, normalize, eps)
         value, c, h = kernel_rule(d, bandwidth)
-        result = Repulsion(value, _combine(state, c), h, d)
+        wide = operators.accumulation_dtype(particles.dtype)
+        result = Repulsion(value.to(wide), _combine(state, c), h.to(wide), d.to(wide))
     if torch.is_grad_enabled() and particles.requires_grad:
         value = torch.ops.forde_fast.attach_gradient(particles, result.value, result.gradient)
         result = result._replace(value=value)
@@ -83,7 +90,8 @@ def distances(particles, lengthscale=None, *, others=None, normalize=True, eps=1
     if name == "reference":
         _check_finite(particles, others)
         return implementation.distances(particles, lengthscale, others, normalize, eps)
-    return _distances(implementation, particles, others, lengthscale, normalize, eps)
+    d, state = _distances(implementation, particles, others, lengthscale, normalize, eps)
+    return d.to(operators.accumulation_dtype(particles.dtype)), state
 
 
 def combine(state, c: Tensor) -> Tensor:
@@ -100,26 +108,30 @@ def combine(state, c: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _distances(operations, particles, others, lengthscale, normalize, eps):
-    particles, others = particles.detach(), None if others is None else others.detach()
+    dtype = particles.dtype
+    computed = torch.float64 if particles.shape[2] <= EXACT_COLUMNS else dtype
+    particles, others = (None if rows is None else rows.detach().to(computed) for rows in (particles, others))
     rows = len(particles) + (0 if others is None else len(others))
     product = None
     if rows > 1 and not (lengthscale is None or isinstance(lengthscale, Identity)):
         contrasts = operations.contrasts(particles, others, normalize, eps)
         product = lengthscale.product(contrasts.flatten(0, 1)).view_as(contrasts)
-    d, alignment, inverse_norm = operations.pair_distances(particles, others, product, normalize, eps)
+    d, alignment, norm = operations.pair_distances(particles, others, product, normalize, eps)
     if not (d.is_cuda or torch.compiler.is_compiling()):
         # NaN and infinity show in these small tensors: the particles are read again only to say where
-        if rows == 1 or not (d.isfinite().all() and (inverse_norm > 0).all()):
+        sound = bool(d.isfinite().all() and norm.isfinite().all())
+        if rows == 1 or not sound:
             _check_finite(particles, others)
-        expect(bool(d.isfinite().all()), "particles", f"distances within {d.dtype}", "an overflow")
-    return d, State(particles, others, product, inverse_norm, alignment if normalize else None, operations)
+        expect(sound, "particles", f"squared norms and distances within {d.dtype}", "an overflow")
+    return d, State(particles, others, product, norm, alignment if normalize else None, dtype, operations)
 
 
 @torch.no_grad()
 def _combine(state: State, c: Tensor) -> Tensor:
-    particles, others, product, inverse_norm, alignment, operations = state
+    particles, others, product, norm, alignment, dtype, operations = state
+    c = c.to(norm.dtype)
     projection = torch.zeros_like(c[:, 0]) if alignment is None else (c * alignment).sum(1)
-    return operations.combine(particles, others, product, inverse_norm, c, projection)
+    return operations.combine(particles, others, product, norm, c, projection).to(dtype)
 
 
 def _choose(backend: str, particles, others, lengthscale, eps):
@@ -136,10 +148,18 @@ def _choose(backend: str, particles, others, lengthscale, eps):
 
             return backend, reference
         case "cpp":
-            reason = operators.cpp_unusable() or ("" if particles.is_cpu else f"the particles are on {particles.device}")
+            reason = operators.cpp_unusable() or (
+                "" if particles.is_cpu else f"the particles are on {particles.device}"
+            )
         case "triton":
             reason = operators.triton_unusable() or _triton_device(particles)
-    expect(not reason, "backend", f"one that is usable for these particles, not {backend!r}", reason, RuntimeError)
+    expect(
+        not reason,
+        "backend",
+        f"one that is usable for these particles, not {backend!r}",
+        reason,
+        RuntimeError,
+    )
     if backend == "triton" and not particles.is_cuda:
         from forde_fast.kernels import repulsion as interpreted
 
@@ -163,8 +183,15 @@ def _check_bandwidth(bandwidth, repelling: Tensor) -> None:
     elif isinstance(bandwidth, Tensor):
         shape = repelling.shape[:2]
         expect(bandwidth.is_floating_point(), "bandwidth", "a floating tensor", bandwidth.dtype, TypeError)
-        expect(bandwidth.device in (repelling.device, torch.device("cpu")), "bandwidth", f"device {repelling.device}", bandwidth.device)
-        fits = bandwidth.ndim <= 2 and all(a in (1, b) for a, b in zip(bandwidth.shape[::-1], shape[::-1], strict=False))
+        expect(
+            bandwidth.device in (repelling.device, torch.device("cpu")),
+            "bandwidth",
+            f"device {repelling.device}",
+            bandwidth.device,
+        )
+        fits = bandwidth.ndim <= 2 and all(
+            a in (1, b) for a, b in zip(bandwidth.shape[::-1], shape[::-1], strict=False)
+        )
         expect(fits, "bandwidth", f"a shape that broadcasts to {list(shape)}", list(bandwidth.shape))
         expect(bandwidth.is_cuda or bool((bandwidth > 0).all()), "bandwidth", "values > 0", bandwidth.min())
     else:

@@ -79,17 +79,16 @@ def kernel_rule(d: Tensor, bandwidth="median") -> tuple[Tensor, Tensor, Tensor]:
     rows = kernel.sum((1, 2), keepdim=True)
     value = (rows / groups).log().sum() / groups
     c = torch.where(exact == 0, 0.0, kernel / rows / h * (-2 / groups))
-    return value.to(d.dtype), c.to(d.dtype), _per_particle(h, d).to(d.dtype)
+    return value.to(d.dtype), c.to(d.dtype), _per_particle(h.expand_as(d), bandwidth).to(d.dtype)
 
 
-def kernel_weights(d: Tensor, bandwidth: Tensor) -> Tensor:
-    """p [Mi, Mj, G], the kernel values normalised over j and g, for `bandwidth` [Mj, G] of the second particle."""
-    kernel = torch.exp(-d.double() / bandwidth.double())
+def kernel_weights(d: Tensor, h: Tensor) -> Tensor:
+    """p [Mi, Mj, G], the kernel values normalised over j and g, for h that broadcasts to d."""
+    kernel = torch.exp(-d.double() / h.double())
     return kernel / kernel.sum((1, 2), keepdim=True)
 
 
-def _per_particle(h: Tensor, d: Tensor) -> Tensor:
-    """h as [particles, G]: its owner's axis kept, the other one of size 1 dropped."""
-    if h.shape[1] == 1 and h.shape[0] == d.shape[0] > 1:
-        return h[:, 0].contiguous()
-    return h[0].expand(d.shape[1:]).contiguous()
+def _per_particle(h: Tensor, bandwidth) -> Tensor:
+    """h [Mi, Mj, G] as [Mj, G], or as [Mi, G] where the first particle owns it."""
+    first = getattr(bandwidth, "owner", "second") == "first"
+    return (h[:, 0] if first else h[0]).contiguous()

@@ -25,6 +25,7 @@ from forde_fast.ensemble import Ensemble, evaluation_mode
 from forde_fast.methods import Method, resolve
 from forde_fast.repulsion import repulsion
 from forde_fast.rule import kernel_weights, median
+from forde_fast.spaces import InputGradients
 from forde_fast.types import Repulsion
 from forde_fast.validation import expect
 
@@ -91,10 +92,14 @@ def init(ensemble: Ensemble) -> State:
     return State(ensemble.flat.clone(), torch.zeros_like(ensemble.flat), buffers, 0)
 
 
-def update(state: State, x: Tensor, y: Tensor, ensemble: Ensemble, objective: Objective, sgd: SGD) -> tuple[State, Log]:
+def update(
+    state: State, x: Tensor, y: Tensor, ensemble: Ensemble, objective: Objective, sgd: SGD
+) -> tuple[State, Log]:
     """One step: x [B, ...], y [B] -> the next State and what it saw. `state` and the ensemble stay as they are."""
     buffers = tuple({name: b.clone() for name, b in own.items()} for own in state.buffers)
-    g, log = gradient(ensemble, state.parameters, buffers, x, y, objective, measure_ratio=state.step % RATIO_EVERY == 0)
+    g, log = gradient(
+        ensemble, state.parameters, buffers, x, y, objective, measure_ratio=state.step % RATIO_EVERY == 0
+    )
     parameters, velocity = state.parameters.clone(), state.velocity.clone()
     descend_(parameters, velocity, g, sgd)
     return State(parameters, velocity, buffers, state.step + 1), log
@@ -135,7 +140,7 @@ def gradient(
     if repels:
         together = torch.stack([own.detach() for own in particles])
         result, cotangents, dead = _repel(together, objective)
-        log |= _diagnose(together, result, dead)
+        log |= _diagnose(together, result, dead, objective.method)
     g = torch.empty_like(parameters)
     plain = torch.empty_like(parameters) if repels and measure_ratio else None
     for i, theta in enumerate(thetas):
@@ -170,11 +175,12 @@ def _repel(particles: Tensor, objective: Objective) -> tuple[Repulsion, Tensor, 
     return result, cotangents.masked_fill(dead, 0) if method.normalize else cotangents, dead.sum()
 
 
-def _diagnose(particles: Tensor, result: Repulsion, dead: Tensor) -> dict[str, Tensor]:
+def _diagnose(particles: Tensor, result: Repulsion, dead: Tensor, method: Method) -> dict[str, Tensor]:
     members = len(particles)
+    first = getattr(method.bandwidth, "owner", "second") == "first"
     unit = F.normalize(particles, dim=-1)
     aligned = unit.sum(0).square().sum() - unit.square().sum()
-    weights = kernel_weights(result.distances, result.bandwidth)
+    weights = kernel_weights(result.distances, result.bandwidth[:, None] if first else result.bandwidth)
     return {
         "repulsion": result.value,
         "bandwidth_median": median(result.distances, (0,)).mean(),
@@ -211,13 +217,24 @@ class Trainer:
                  optimizer: Callable[[Iterable], torch.optim.Optimizer] | None = None,
                  loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy, seed: int = 0):  # fmt: skip
         expect(isinstance(ensemble, Ensemble), "ensemble", "an Ensemble", type(ensemble).__name__, TypeError)
-        for name, value in (("repulsion_weight", repulsion_weight), ("momentum", momentum), ("weight_decay", weight_decay)):
+        for name, value in (
+            ("repulsion_weight", repulsion_weight),
+            ("momentum", momentum),
+            ("weight_decay", weight_decay),
+        ):
             validation.positive(value, name, allow_zero=True)
         validation.positive(eps, "eps")
         validation.positive(lr, "lr")
         from forde_fast.repulsion import BACKENDS
 
         validation.one_of(backend, "backend", ("auto", *BACKENDS))
+        fits = lengthscale is None or (hasattr(lengthscale, "coordinates") and hasattr(lengthscale, "product"))
+        got = type(lengthscale).__name__
+        expect(fits, "lengthscale", "None or a lengthscale such as Identity() or PCA.fit(images)", got, TypeError)
+        expect(callable(loss), "loss", "a callable (outputs, y) -> []", loss, TypeError)
+        given = optimizer is None or callable(optimizer)
+        expect(given, "optimizer", "a callable that takes parameters", type(optimizer).__name__, TypeError)
+        validation.whole(seed, "seed", least=0)
         self.ensemble = ensemble
         self.objective = Objective(resolve(method), lengthscale, repulsion_weight, eps, backend, loss)
         self.sgd = SGD(lr, momentum, nesterov, weight_decay)
@@ -238,6 +255,7 @@ class Trainer:
         if not self.ensemble.training:
             self.ensemble.train()
         flat, measured = self.ensemble.flat, self.steps % RATIO_EVERY == 0
+        self.velocity = self.velocity.to(flat)  # the ensemble may have been moved or cast
         g, log = gradient(self.ensemble, flat, None, x, y, self.objective, measured)
         with torch.no_grad():
             if self.optimizer is None:
@@ -256,7 +274,7 @@ class Trainer:
         schedule  (share of the epochs done before this one) -> factor on the learning rate
         on_step   called with (epoch, log) after every step
         """
-        validation.positive(epochs, "epochs")
+        validation.whole(epochs, "epochs")
         device = self.ensemble.flat.device
         for epoch in range(epochs):
             steps = self.steps
@@ -284,20 +302,25 @@ class Trainer:
 
     def _check(self, x: Tensor, y: Tensor) -> None:
         flat = self.ensemble.flat
-        validation.tensor_of_floats(x, "x", ", ".join(["B", "...", "...", "...", "..."][: max(x.ndim, 2)]))
+        expect(isinstance(x, Tensor), "x", "a torch.Tensor", type(x).__name__, TypeError)
+        validation.tensor_of_floats(x, "x", ", ".join(["B"] + ["..."] * max(x.ndim - 1, 1)))
         expect(x.dtype == flat.dtype, "x", f"dtype {flat.dtype}, as the members", x.dtype, TypeError)
         expect(x.device == flat.device, "x", f"device {flat.device}, as the members", x.device)
         expect(isinstance(y, Tensor), "y", "a torch.Tensor", type(y).__name__, TypeError)
         expect(y.shape[:1] == x.shape[:1], "y", f"{len(x)} of them, one per sample", list(y.shape))
         expect(y.device == x.device, "y", f"device {x.device}, as x", y.device)
-        dimension = getattr(self.objective.lengthscale, "dimension", None)
-        size = math.prod(x.shape[1:])
+        space, size = self.objective.method.space, math.prod(x.shape[1:])
+        by_input = isinstance(space, InputGradients)
+        dimension = getattr(self.objective.lengthscale, "dimension", None) if by_input else None
         expect(dimension in (None, size), "x", f"{dimension} values per sample, as the lengthscale", size)
         if self._classes is None:
             with torch.no_grad(), evaluation_mode(self.ensemble):
-                self._classes = self.ensemble.member(0)(x[:1]).shape[-1]
+                self._classes = self.ensemble.member(0)(x).shape[-1]
         elif x.is_cuda:
             return  # values are looked at once: each look would wait for the device
         validation.finite(x, "x")
-        if self.objective.loss is F.cross_entropy and not y.is_floating_point():
+        soft = y.is_floating_point() and y.ndim > 1
+        indexed = by_input and not callable(space.score)
+        if indexed or (self.objective.loss is F.cross_entropy and not soft):
             validation.labels_in_range(y, self._classes, "y")
+            expect(y.dtype == torch.int64, "y", "dtype torch.int64", y.dtype, TypeError)

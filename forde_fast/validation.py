@@ -1,5 +1,7 @@
 """Checks of what comes in: one line that names the argument, what was expected and what came."""
 
+import numbers
+
 import torch
 from torch import Tensor
 
@@ -14,7 +16,7 @@ def expect(holds: bool, name: str, expected: str, got, error: type[Exception] = 
 
 def one_of(value: str, name: str, valid) -> str:
     """`value`, if it is one of the names in `valid`; the message lists them."""
-    expect(value in valid, name, "one of " + ", ".join(valid), repr(value))
+    expect(isinstance(value, str) and value in valid, name, "one of " + ", ".join(valid), repr(value))
     return value
 
 
@@ -32,7 +34,9 @@ def particles_and_others(particles: Tensor, others: Tensor | None, dimension: in
     tensor_of_floats(particles, "particles", "M, G, D")
     if others is not None:
         tensor_of_floats(others, "others", "N, G, D")
-        expect(others.dtype == particles.dtype, "others", f"dtype {particles.dtype} as particles", others.dtype)
+        expect(
+            others.dtype == particles.dtype, "others", f"dtype {particles.dtype} as particles", others.dtype
+        )
         expect(others.device == particles.device, "others", f"device {particles.device}", others.device)
         expect(
             others.shape[1:] == particles.shape[1:],
@@ -41,19 +45,32 @@ def particles_and_others(particles: Tensor, others: Tensor | None, dimension: in
             list(others.shape),
         )
     if dimension is not None:
-        expect(particles.shape[2] == dimension, "particles", f"D = {dimension} as the lengthscale", particles.shape[2])
+        expect(
+            particles.shape[2] == dimension,
+            "particles",
+            f"D = {dimension} as the lengthscale",
+            particles.shape[2],
+        )
 
 
 def finite(tensor: Tensor, name: str) -> None:
     """No NaN and no infinity; the message says where the first one is."""
     bad = ~torch.isfinite(tensor)
     if bad.any():
-        raise ValueError(f"{name}: expected finite numbers, got {tensor[bad][0].item()} at {bad.nonzero()[0].tolist()}")
+        raise ValueError(
+            f"{name}: expected finite numbers, got {tensor[bad][0].item()} at {bad.nonzero()[0].tolist()}"
+        )
 
 
 def positive(value: float, name: str, allow_zero: bool = False) -> None:
-    good = isinstance(value, (int, float)) and (value >= 0 if allow_zero else value > 0) and value < float("inf")
-    expect(good, name, "a finite number " + (">= 0" if allow_zero else "> 0"), value)
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    good = number and (value >= 0 if allow_zero else value > 0) and value < float("inf")
+    expect(good, name, "a finite number " + (">= 0" if allow_zero else "> 0"), repr(value))
+
+
+def whole(value: int, name: str, least: int = 1) -> None:
+    good = isinstance(value, numbers.Integral) and not isinstance(value, bool) and value >= least
+    expect(good, name, f"a whole number >= {least}", repr(value))
 
 
 def labels_in_range(labels: Tensor, classes: int, name: str = "labels") -> None:
@@ -63,4 +80,6 @@ def labels_in_range(labels: Tensor, classes: int, name: str = "labels") -> None:
     expect(integer, name, "an integer tensor", labels.dtype, TypeError)
     expect(labels.ndim == 1, name, "1 dimension [B]", f"shape {list(labels.shape)}")
     low, high = (int(v) for v in torch.aminmax(labels)) if labels.numel() else (0, 0)
-    expect(0 <= low and high < classes, name, f"values from 0 to {classes - 1}", f"values from {low} to {high}")
+    expect(
+        low >= 0 and high < classes, name, f"values from 0 to {classes - 1}", f"values from {low} to {high}"
+    )

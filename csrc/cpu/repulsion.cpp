@@ -77,7 +77,7 @@ struct Rows {
     std::vector<const void*> values, product;
   };
 
-  Sample sample(int64_t g, const double* inverse_norm, Pointers& to) const {
+  Sample sample(int64_t g, const double* norm, Pointers& to) const {
     to.values.resize(rows);
     const auto size = particles.element_size();
     for (int64_t n = 0; n < rows; ++n) {
@@ -90,7 +90,7 @@ struct Rows {
       for (int64_t n = 0; n + 1 < rows; ++n)
         to.product[n] = static_cast<const char*>(product.const_data_ptr()) + (n * groups + g) * columns * product.element_size();
     }
-    return {rows, moving, to.values.data(), product.defined() ? to.product.data() : nullptr, inverse_norm};
+    return {rows, moving, to.values.data(), product.defined() ? to.product.data() : nullptr, norm};
   }
 
   // Few samples are split into ranges of columns, so that all threads have work; a range is whole tiles.
@@ -111,11 +111,11 @@ struct Rows {
   }
 };
 
-void to_inverse_norm(std::vector<double>& squares, double eps) {
-  for (double& x : squares) x = 1 / std::sqrt(x + eps);
+void to_norm(std::vector<double>& squares, double eps) {
+  for (double& x : squares) x = std::sqrt(x + eps);
 }
 
-// r [G][N] where the columns are split; where they are not, each item finds its own while its rows are in cache.
+// Norms [G][N] where the columns are split; where they are not, each item finds its own while its rows are in cache.
 struct Norms {
   const Rows& rows;
   const bool normalize;
@@ -133,18 +133,18 @@ struct Norms {
     for (int64_t g = 0; g < rows.groups; ++g) {
       for (int64_t split = 0; split < splits; ++split)
         for (int64_t n = 0; n < rows.rows; ++n) known[g][n] += partial[(g * splits + split) * rows.rows + n];
-      to_inverse_norm(known[g], eps);
+      to_norm(known[g], eps);
     }
   }
 
   std::vector<double> of(int64_t g) const {
     if (!known.empty()) return known[g];
     if (!normalize) return std::vector<double>(rows.rows, 1.0);
-    std::vector<double> r(rows.rows);
+    std::vector<double> own(rows.rows);
     Rows::Pointers pointers;
-    rows.kernels.squares(rows.sample(g, nullptr, pointers), 0, rows.columns, r.data());
-    to_inverse_norm(r, eps);
-    return r;
+    rows.kernels.squares(rows.sample(g, nullptr, pointers), 0, rows.columns, own.data());
+    to_norm(own, eps);
+    return own;
   }
 };
 
@@ -155,11 +155,11 @@ Tensor contrasts(const Tensor& particles, const OptionalTensor& others, bool nor
   const Norms norms(rows, splits, normalize, eps);
   rows.each(splits, [&](int64_t g, int64_t, int64_t begin, int64_t end) {
     Rows::Pointers pointers;
-    const auto r = norms.of(g);
+    const auto own_norms = norms.of(g);
     std::vector<void*> out(rows.rows - 1);
     for (int64_t n = 0; n + 1 < rows.rows; ++n)
       out[n] = static_cast<char*>(z.mutable_data_ptr()) + (n * rows.groups + g) * bytes;
-    rows.kernels.contrasts(rows.sample(g, r.data(), pointers), begin, end, out.data());
+    rows.kernels.contrasts(rows.sample(g, own_norms.data(), pointers), begin, end, out.data());
   });
   return z;
 }
@@ -183,7 +183,7 @@ std::tuple<Tensor, Tensor, Tensor> pair_distances(const Tensor& particles, const
   const Rows rows(particles, others, product);
   const auto options = particles.options().dtype(computing_type(particles));
   Tensor distances = at::empty({rows.moving, rows.repelling(), rows.groups}, options), alignment = at::empty_like(distances);
-  Tensor inverse_norm = at::empty({rows.rows, rows.groups}, options);
+  Tensor norm = at::empty({rows.rows, rows.groups}, options);
   const int64_t splits = rows.splits(), pairs = rows.moving * rows.repelling(), sums = pairs + rows.rows;
   const Norms norms(rows, splits, normalize, eps);
   std::vector<double> partial(splits == 1 ? 0 : rows.groups * splits * sums);
@@ -193,12 +193,12 @@ std::tuple<Tensor, Tensor, Tensor> pair_distances(const Tensor& particles, const
     };
     rows.each(splits, [&](int64_t g, int64_t split, int64_t begin, int64_t end) {
       Rows::Pointers pointers;
-      const auto r = norms.of(g);
+      const auto own_norms = norms.of(g);
       if (split == 0)
-        for (int64_t n = 0; n < rows.rows; ++n) inverse_norm.mutable_data_ptr<scalar_t>()[n * rows.groups + g] = scalar_t(r[n]);
-      std::vector<double> own(splits == 1 ? sums : 0);
-      double* sum = splits == 1 ? own.data() : &partial[(g * splits + split) * sums];
-      rows.kernels.pairs(rows.sample(g, r.data(), pointers), begin, end, sum, sum + pairs);
+        for (int64_t n = 0; n < rows.rows; ++n) norm.mutable_data_ptr<scalar_t>()[n * rows.groups + g] = scalar_t(own_norms[n]);
+      std::vector<double> whole(splits == 1 ? sums : 0);
+      double* sum = splits == 1 ? whole.data() : &partial[(g * splits + split) * sums];
+      rows.kernels.pairs(rows.sample(g, own_norms.data(), pointers), begin, end, sum, sum + pairs);
       if (splits == 1) store(g, sum);
     });
     for (int64_t g = 0; splits > 1 && g < rows.groups; ++g) {
@@ -207,7 +207,7 @@ std::tuple<Tensor, Tensor, Tensor> pair_distances(const Tensor& particles, const
       store(g, sum);
     }
   });
-  return {distances, alignment, inverse_norm};
+  return {distances, alignment, norm};
 }
 
 // x [R, G] -> [R] of sample g, in double
@@ -220,16 +220,16 @@ std::vector<double> of_sample(const Tensor& x, int64_t g) {
 }
 
 Tensor combine(const Tensor& particles, const OptionalTensor& others, const OptionalTensor& product,
-               const Tensor& inverse_norm, const Tensor& coefficients, const Tensor& projection) {
+               const Tensor& norm, const Tensor& coefficients, const Tensor& projection) {
   const Rows rows(particles, others, product);
   const auto type = computing_type(particles);
   const auto check = [&](const Tensor& x, at::IntArrayRef shape, const char* name) {
     TORCH_CHECK(x.scalar_type() == type && x.sizes() == shape, name, ": expected ", type, " ", shape, ", got ", x.scalar_type(), " ", x.sizes());
   };
-  check(inverse_norm, {rows.rows, rows.groups}, "inverse_norm");
+  check(norm, {rows.rows, rows.groups}, "norm");
   check(coefficients, {rows.moving, rows.repelling(), rows.groups}, "coefficients");
   check(projection, {rows.moving, rows.groups}, "projection");
-  const Tensor norms = inverse_norm.contiguous(), t = projection.contiguous();
+  const Tensor norms = norm.contiguous(), t = projection.contiguous();
   const Tensor c = coefficients.contiguous().view({-1, rows.groups});
   Tensor gradient = at::empty({rows.moving, rows.groups, rows.columns}, particles.options());
   const int64_t bytes = rows.columns * gradient.element_size();

@@ -57,10 +57,11 @@ inline Vector<T>* scratch(int64_t count) {
   return reinterpret_cast<Vector<T>*>((address + 63) & ~uintptr_t(63));
 }
 
-// tile = r * values[begin : begin + count], zero up to the end of the tile
+// tile = values / norm, zero up to the end of the tile. Divided, not multiplied by a reciprocal: in one dimension
+// the result is exactly 1 or -1, and the distance between two of them exactly 0.
 template <class In>
-inline void fill(const In* values, Acc<In> r, int64_t count, Acc<In>* __restrict__ tile) {
-  for (int64_t k = 0; k < count; ++k) tile[k] = r * widen(values[k]);
+inline void fill(const In* values, Acc<In> norm, int64_t count, Acc<In>* __restrict__ tile) {
+  for (int64_t k = 0; k < count; ++k) tile[k] = widen(values[k]) / norm;
   for (int64_t k = count; k < kTile; ++k) tile[k] = 0;
 }
 
@@ -91,7 +92,7 @@ struct Tiles {
 
   void load_s(int64_t begin, int64_t count) {
     for (int64_t n = 0; n < sample.rows; ++n)
-      fill(static_cast<const In*>(sample.values[n]) + begin, T(sample.inverse_norm[n]), count,
+      fill(static_cast<const In*>(sample.values[n]) + begin, T(sample.norm[n]), count,
            reinterpret_cast<T*>(s_row(n)));
   }
 
@@ -101,7 +102,9 @@ struct Tiles {
     std::fill(first, first + kTile, T(0));
     for (int64_t n = 1; n < sample.rows; ++n) {
       T* row = reinterpret_cast<T*>(q_row(n));
-      fill(static_cast<const T*>(sample.product[n - 1]) + begin, T(1), count, row);
+      const T* product = static_cast<const T*>(sample.product[n - 1]) + begin;
+      std::copy(product, product + count, row);
+      std::fill(row + count, row + kTile, T(0));
       for (int64_t k = 0; k < kTile; ++k) first[k] += row[k];
     }
     T scale = T(1 / (std::sqrt(double(sample.rows)) - 1));
@@ -218,7 +221,7 @@ void combine(const Sample& sample, int64_t begin, int64_t end, const double* c, 
     tiles.load(at, count);
     for (int64_t i = 0; i < sample.moving; ++i) {
       alignas(32) T mixed[kTile];
-      const T r = T(sample.inverse_norm[i]), projection = T(t[i]);
+      const T norm = T(sample.norm[i]), projection = T(t[i]);
       for (int64_t v = 0; v < Tiles<In>::kVectors; v += 4) {  // four vectors share each coefficient
         const V* q_i = tiles.q_row(i) + v;
         V total[4] = {};
@@ -229,7 +232,7 @@ void combine(const Sample& sample, int64_t begin, int64_t end, const double* c, 
         }
         const V* s_i = tiles.s_row(i) + v;
         for (int64_t u = 0; u < 4; ++u)
-          reinterpret_cast<V*>(mixed)[v + u] = r * (total[u] - projection * s_i[u]);
+          reinterpret_cast<V*>(mixed)[v + u] = (total[u] - projection * s_i[u]) / norm;
       }
       In* row = static_cast<In*>(out[i]) + at;
       for (int64_t k = 0; k < count; ++k) narrow(mixed[k], row + k);

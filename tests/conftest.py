@@ -1,0 +1,24 @@
+"""Before anything else: Triton's interpreter where there is no GPU, and uninitialised memory that shows itself."""
+
+import importlib.util
+import os
+
+if importlib.util.find_spec("triton") and not os.path.exists("/proc/driver/nvidia/version"):
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(monkeypatch):
+    """What torch.empty and its kin return is NaN, so that a result that was never written is seen."""
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def fresh_seed():
+    torch.manual_seed(20240507)

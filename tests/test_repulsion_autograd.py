@@ -1,0 +1,126 @@
+"""The operation inside autograd, torch.library and torch.compile; and what it says to bad input."""
+
+import pytest
+import torch
+
+import forde_fast as ff
+from forde_fast.testing import make_pca
+
+F64 = torch.float64
+
+
+@pytest.fixture(params=["reference", "cpp"])
+def backend(request):
+    found = ff.available_backends()[request.param]
+    if not found:
+        pytest.skip(f"waits for the {request.param} backend: {found.reason}")
+    return request.param
+
+
+def test_gradcheck(backend):
+    others, h = torch.randn(3, 2, 6, dtype=F64), torch.rand(3, 2, dtype=F64) + 0.5
+    particles = torch.randn(4, 2, 6, dtype=F64, requires_grad=True)
+
+    def value(p):
+        return ff.repulsion(p, make_pca(6), others=others, bandwidth=h, backend=backend).value
+
+    assert torch.autograd.gradcheck(value, particles)
+
+
+def test_backward_is_the_gradient(backend):
+    particles = torch.randn(4, 2, 6, requires_grad=True)
+    result = ff.repulsion(particles, backend=backend)
+    assert not result.gradient.requires_grad
+    assert not result.bandwidth.requires_grad
+    (3 * result.value).backward()
+    assert torch.allclose(particles.grad, 3 * result.gradient)
+
+
+def test_second_derivative_raises(backend):
+    particles = torch.randn(4, 2, 6, requires_grad=True)
+    (first,) = torch.autograd.grad(ff.repulsion(particles, backend=backend).value, particles, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        first.square().sum().backward()
+
+
+def test_opcheck():
+    if not ff.available_backends()["cpp"]:
+        pytest.skip("waits for the cpp backend")
+    operations = torch.ops.forde_fast
+    particles, others = torch.randn(3, 4, 10), torch.randn(2, 4, 10)
+    for given in (None, others):
+        z = operations.contrasts(particles, given, True, 1e-24)
+        d, alignment, norm = operations.pair_distances(particles, given, z, True, 1e-24)
+        torch.library.opcheck(operations.contrasts, (particles, given, True, 1e-24))
+        torch.library.opcheck(operations.pair_distances, (particles, given, z, True, 1e-24))
+        arguments = (particles, given, z, norm, torch.rand_like(d), alignment[:, 0].contiguous())
+        torch.library.opcheck(operations.combine, arguments)
+    tracked = particles.requires_grad_()
+    torch.library.opcheck(operations.attach_gradient, (tracked, torch.tensor(1.0), torch.randn(3, 4, 10)))
+
+
+def test_compiled_program_is_the_same():
+    def loss(particles):
+        return ff.repulsion(particles * 2, backend="auto").value
+
+    particles = torch.randn(4, 3, 10, requires_grad=True)
+    eager = loss(particles)
+    (wanted,) = torch.autograd.grad(eager, particles)
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)(particles)
+    (found,) = torch.autograd.grad(compiled, particles)
+    assert torch.equal(eager, compiled)
+    assert torch.equal(wanted, found)
+
+
+GOOD = torch.randn(3, 4, 10)
+BAD = [
+    ({"particles": [[1.0]]}, TypeError, "particles: expected a torch.Tensor"),
+    ({"particles": torch.randn(3, 4)}, ValueError, r"particles: expected 3 dimensions \[M, G, D\]"),
+    ({"particles": torch.randn(0, 4, 10)}, ValueError, "particles: expected at least one of each of M, G, D"),
+    ({"particles": torch.ones(3, 4, 10, dtype=torch.int64)}, TypeError, "particles: expected float32"),
+    ({"particles": torch.randn(3, 4, 10, dtype=torch.complex64)}, TypeError, "particles: expected float32"),
+    ({"lengthscale": make_pca(11)}, ValueError, "particles: expected D = 11 as the lengthscale, got 10"),
+    ({"others": torch.randn(3, 4, 10, dtype=F64)}, ValueError, "others: expected dtype torch.float32"),
+    ({"others": torch.randn(3, 4, 10, device="meta")}, ValueError, "others: expected device cpu"),
+    ({"others": torch.randn(3, 5, 10)}, ValueError, r"others: expected shape \[N, 4, 10\]"),
+    ({"backend": "cudnn"}, ValueError, "backend: expected one of auto, reference, cpp, triton, got 'cudnn'"),
+    ({"bandwidth": "mean"}, ValueError, "bandwidth: expected 'median'"),
+    ({"bandwidth": -1.0}, ValueError, "bandwidth: expected a finite number > 0, got -1.0"),
+    ({"bandwidth": torch.ones(2, 4)}, ValueError, r"bandwidth: expected a shape that broadcasts to \[3, 4\]"),
+    ({"bandwidth": torch.zeros(4)}, ValueError, "bandwidth: expected values > 0"),
+    ({"eps": 0.0}, ValueError, "eps: expected a finite number > 0, got 0.0"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "error", "message"), BAD, ids=[m for *_, m in BAD])
+def test_bad_arguments(arguments, error, message):
+    with pytest.raises(error, match=message) as caught:
+        ff.repulsion(**{"particles": GOOD, **arguments})
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("members", [1, 3])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_not_finite(bad, members, normalize, backend):
+    particles = torch.randn(members, 4, 10)
+    particles[-1, 2, 5] = bad
+    with pytest.raises(
+        ValueError, match=rf"particles: expected finite numbers, got {bad} at \[{members - 1}, 2, 5\]"
+    ):
+        ff.repulsion(particles, normalize=normalize, backend=backend)
+    with pytest.raises(ValueError, match="others: expected finite numbers"):
+        ff.repulsion(torch.randn(2, 4, 10), others=particles, normalize=normalize, backend=backend)
+
+
+def test_a_backend_asked_for_by_name_never_falls_back(monkeypatch):
+    from forde_fast import operators
+
+    monkeypatch.setattr(operators, "cpp_unusable", lambda: "no compiler was found")
+    monkeypatch.setattr(operators, "triton_unusable", lambda: "no CUDA device")
+    assert not ff.available_backends()["cpp"]
+    assert str(ff.available_backends()["cpp"]) == "no compiler was found"
+    for name, reason in (("cpp", "no compiler was found"), ("triton", "no CUDA device")):
+        with pytest.raises(RuntimeError, match=f"not '{name}', got {reason}"):
+            ff.repulsion(GOOD, backend=name)
+    assert ff.repulsion(GOOD, backend="auto").value == ff.repulsion(GOOD, backend="reference").value
