@@ -49,6 +49,7 @@ class Ensemble(nn.Module):
             len({id(m) for m in modules}) == len(modules), "modules", "distinct modules", "one of them twice"
         )
         self.members = nn.ModuleList(modules)
+        self.training = all(module.training for module in modules)  # if not, the trainer sees to it
         first = self._signature(modules[0])
         expect(len(first) > 0, "modules", "some trainable parameters", "none")
         for number, module in enumerate(modules[1:], 1):
@@ -85,6 +86,10 @@ class Ensemble(nn.Module):
     def __setstate__(self, state):
         super().__setstate__(state)  # copy.deepcopy and pickle copy parameter by parameter, as above
         self._flatten()
+
+    def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
+        expect(not assign, "assign", "False, since parameters stay views of `flat`", assign)
+        return super().load_state_dict(state_dict, strict)
 
     def __len__(self) -> int:
         return len(self.members)

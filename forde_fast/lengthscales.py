@@ -6,7 +6,6 @@ the backends) and `dimension`. Any object with these three is one. Source: Trinh
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from forde_fast import validation
+from forde_fast.files import write
 from forde_fast.validation import expect
 
 
@@ -25,9 +25,7 @@ class Lengthscale:
     def save(self, path: str | Path) -> None:
         """Write to a safetensors file; what was there before is replaced only when all is written."""
         tensors = {name: tensor.contiguous() for name, tensor in self._tensors().items()}
-        written = Path(f"{path}.part")
-        written.write_bytes(save(tensors, metadata={"forde_fast.lengthscale": type(self).__name__}))
-        os.replace(written, path)
+        write(path, save(tensors, metadata={"forde_fast.lengthscale": type(self).__name__}))
 
     @classmethod
     def load(cls, path: str | Path) -> Lengthscale:

@@ -5,6 +5,7 @@ the others.
 """
 
 import functools
+import os
 
 import torch
 from torch import Tensor
@@ -89,10 +90,10 @@ torch.library.register_autograd("forde_fast::attach_gradient", _first_derivative
 torch.library.register_autograd("forde_fast::scale_gradient", _second_derivative)
 
 
-@torch.compiler.assume_constant_result
-@functools.cache
-def cpp_unusable() -> str:
-    """Why the C++ backend cannot be used; empty where it can. Loading it registers its operations."""
+TRITON_INTERPRETS = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it once, when it is imported
+
+
+def _register_cpp() -> str:
     try:
         import forde_fast._C  # noqa: F401
     except ImportError as error:
@@ -100,18 +101,17 @@ def cpp_unusable() -> str:
     return ""
 
 
-@torch.compiler.assume_constant_result
-@functools.cache
-def triton_unusable() -> str:
-    """Why the Triton backend cannot be used; empty where it can (on CUDA tensors, or interpreted on CPU ones)."""
+def _register_triton() -> str:
+    if not (torch.cuda.is_available() or TRITON_INTERPRETS):
+        return "no CUDA device, and TRITON_INTERPRET=1 is not set"
     try:
-        import triton
-
         from forde_fast.kernels import repulsion as kernels
     except ImportError as error:
         return f"triton cannot be imported: {error}"
-    if not torch.cuda.is_available() and not triton.knobs.runtime.interpret:
-        return "no CUDA device, and TRITON_INTERPRET=1 was not set before triton was imported"
     for name in ("contrasts", "pair_distances", "combine"):
         library.impl(name, getattr(kernels, name), "CUDA")
     return ""
+
+
+# backend -> why it cannot be used here; empty where it can. Found at import, so that torch.compile sees constants.
+UNUSABLE = {"reference": "", "cpp": _register_cpp(), "triton": _register_triton()}

@@ -13,7 +13,7 @@ from forde_fast.rule import Median, kernel_rule
 from forde_fast.types import Backend, Repulsion
 from forde_fast.validation import expect
 
-BACKENDS = ("reference", "cpp", "triton")
+BACKENDS = tuple(operators.UNUSABLE)
 
 # Up to so many columns the work is done in float64. It costs next to nothing there, and it is there that single
 # samples meet the worst of the product's rounding: differences that lie across the few heaviest directions.
@@ -34,8 +34,7 @@ class State(NamedTuple):
 
 def available_backends() -> dict[str, Backend]:
     """Name -> `Backend`, true where it is usable here; as text, why it is not."""
-    reasons = {"reference": "", "cpp": operators.cpp_unusable(), "triton": operators.triton_unusable()}
-    return {name: Backend(name, not reason, reason) for name, reason in reasons.items()}
+    return {name: Backend(name, not reason, reason) for name, reason in operators.UNUSABLE.items()}
 
 
 def repulsion(
@@ -140,39 +139,22 @@ def _choose(backend: str, particles, others, lengthscale, eps):
     validation.particles_and_others(particles, others, getattr(lengthscale, "dimension", None))
     validation.positive(eps, "eps")
     if backend == "auto":
-        usable = operators.triton_unusable() if particles.is_cuda else operators.cpp_unusable()
-        backend = "reference" if usable else ("triton" if particles.is_cuda else "cpp")
-    match backend:
-        case "reference":
-            from forde_fast import reference
+        fast = "triton" if particles.is_cuda else "cpp"
+        backend = "reference" if operators.UNUSABLE[fast] else fast
+    if backend == "reference":
+        from forde_fast import reference
 
-            return backend, reference
-        case "cpp":
-            reason = operators.cpp_unusable() or (
-                "" if particles.is_cpu else f"the particles are on {particles.device}"
-            )
-        case "triton":
-            reason = operators.triton_unusable() or _triton_device(particles)
-    expect(
-        not reason,
-        "backend",
-        f"one that is usable for these particles, not {backend!r}",
-        reason,
-        RuntimeError,
-    )
-    if backend == "triton" and not particles.is_cuda:
-        from forde_fast.kernels import repulsion as interpreted
+        return backend, reference
+    interpreted = backend == "triton" and particles.is_cpu and operators.TRITON_INTERPRETS
+    reason = operators.UNUSABLE[backend]
+    if not reason and not interpreted and particles.device.type != {"cpp": "cpu", "triton": "cuda"}[backend]:
+        reason = f"the particles are on {particles.device}"
+    expect(not reason, "backend", f"one that can run here, not {backend!r}", reason, RuntimeError)
+    if interpreted:  # the same kernels, run by Triton's interpreter on CPU tensors
+        from forde_fast.kernels import repulsion as kernels
 
-        return backend, interpreted
+        return backend, kernels
     return backend, torch.ops.forde_fast
-
-
-def _triton_device(particles: Tensor) -> str:
-    import triton
-
-    if particles.is_cuda or (particles.is_cpu and triton.knobs.runtime.interpret):
-        return ""
-    return f"the particles are on {particles.device} and triton compiles for CUDA"
 
 
 def _check_bandwidth(bandwidth, repelling: Tensor) -> None:

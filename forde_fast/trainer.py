@@ -247,6 +247,7 @@ class Trainer:
         self.seed = seed
         self.steps = 0
         self._classes: int | None = None
+        self._shape: torch.Size | None = None  # of the samples that the members were tried on
         self._ratio = torch.zeros((), device=ensemble.flat.device)
 
     def step(self, x: Tensor, y: Tensor, rate: float = 1.0) -> Log:
@@ -313,9 +314,10 @@ class Trainer:
         by_input = isinstance(space, InputGradients)
         dimension = getattr(self.objective.lengthscale, "dimension", None) if by_input else None
         expect(dimension in (None, size), "x", f"{dimension} values per sample, as the lengthscale", size)
-        if self._classes is None:
+        if self._shape != x.shape[1:]:
             with torch.no_grad(), evaluation_mode(self.ensemble):
                 self._classes = self.ensemble.member(0)(x).shape[-1]
+            self._shape = x.shape[1:]
         elif x.is_cuda:
             return  # values are looked at once: each look would wait for the device
         validation.finite(x, "x")

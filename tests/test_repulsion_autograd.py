@@ -116,8 +116,8 @@ def test_not_finite(bad, members, normalize, backend):
 def test_a_backend_asked_for_by_name_never_falls_back(monkeypatch):
     from forde_fast import operators
 
-    monkeypatch.setattr(operators, "cpp_unusable", lambda: "no compiler was found")
-    monkeypatch.setattr(operators, "triton_unusable", lambda: "no CUDA device")
+    monkeypatch.setitem(operators.UNUSABLE, "cpp", "no compiler was found")
+    monkeypatch.setitem(operators.UNUSABLE, "triton", "no CUDA device")
     assert not ff.available_backends()["cpp"]
     assert str(ff.available_backends()["cpp"]) == "no compiler was found"
     for name, reason in (("cpp", "no compiler was found"), ("triton", "no CUDA device")):

@@ -1,0 +1,232 @@
+"""The command line: forde-fast train | compare | evaluate | verify | info."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+METRICS = {"accuracy": "A", "nll": "NLL", "ece": "ECE"}  # in tables as the paper has them: A, cA, cNLL, ...
+PREFIX = {"clean": "", "corrupted": "c", "corrupted_grey": "g"}
+COMPARED = "de,forde-identity,forde-pca,forde-tuned"
+
+
+class Parser(argparse.ArgumentParser):
+    """One line for bad input, and exit status 2."""
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = Parser(prog="forde-fast", description="First-order repulsive deep ensembles.")
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
+    for name, add in COMMANDS.items():
+        command = commands.add_parser(name, help=add.__doc__, description=add.__doc__)
+        command.set_defaults(call=add(command), parser=command)
+    options = parser.parse_args(arguments)
+    return options.call(options)
+
+
+def _train(command):
+    """Train one ensemble and keep it in a folder."""
+    _add_config(command, skip=())
+
+    def call(options) -> int:
+        run = _before_work(options, lambda: _new_run(_settings(options)))
+        metrics = _train_with_progress(run)
+        return _show(options, {run.config.method: metrics}, run.folder)
+
+    return call
+
+
+def _compare(command):
+    """Train several methods on the same data from the same seed, and set them side by side."""
+    _add_config(command, skip=("method",))
+    command.add_argument("--methods", default=COMPARED, metavar="NAME,...", help=f"default: {COMPARED}")
+
+    def call(options) -> int:
+        from forde_fast import plots
+
+        def prepare():
+            settings = _settings(options)
+            folder = Path(settings.out)
+            names = options.methods.split(",")
+            return folder, [
+                _new_run(dataclasses.replace(settings, method=name, out=str(folder / name))) for name in names
+            ]
+
+        folder, runs = _before_work(options, prepare)
+        results = {run.config.method: _train_with_progress(run) for run in runs}
+        plots.training({run.config.method: run.log() for run in runs}, folder / "training.png")
+        return _show(options, results, folder)
+
+    return call
+
+
+def _evaluate(command):
+    """Score a trained run on clean and corrupted test images."""
+    command.add_argument("run", help="the run's folder")
+    command.add_argument("--data-dir", help="the data set's folder, if it is another than in training")
+    command.add_argument("--json", action="store_true", help="print all of it as JSON")
+
+    def call(options) -> int:
+        from forde_fast.run import open_run
+
+        run = _before_work(options, lambda: open_run(options.run, options.data_dir))
+        return _show(options, {run.config.method: run.evaluate()}, run.folder)
+
+    return call
+
+
+def _verify(command):
+    """Compare every usable backend with the float64 oracle; fails if one is out of its budget."""
+    command.add_argument("--json", action="store_true")
+
+    def call(options) -> int:
+        from forde_fast.verify import verify
+
+        rows = verify()
+        if options.json:
+            print(json.dumps(rows, indent=1))
+        else:
+            _table(
+                "Largest relative error against float64; allowed: 2 x plain PyTorch's + 8 eps, case by case",
+                ("backend", "dtype", "lengthscale", "value", "gradient", "within"),
+                [_verify_cells(row) for row in rows],
+            )
+            for row in rows:
+                print(*(f"{row['backend']} {row['dtype']} {row['lengthscale']}: {b}" for b in row.get("beyond", ())), sep="")
+        return 0 if all(row["within"] for row in rows) else 1
+
+    return call
+
+
+def _verify_cells(row: dict) -> tuple[str, ...]:
+    if not row["usable"]:
+        return row["backend"], "-", "-", "-", "-", f"not usable here: {row['reason']}"
+    errors = (f"{row['value_error']:.1e}", f"{row['gradient_error']:.1e}")
+    return row["backend"], row["dtype"], row["lengthscale"], *errors, "yes" if row["within"] else "NO"
+
+
+def _info(command):
+    """Say what is installed and which backends are usable, or why not."""
+    command.add_argument("--json", action="store_true")
+
+    def call(options) -> int:
+        from forde_fast.info import info
+
+        facts = info()
+        if options.json:
+            print(json.dumps(facts, indent=1))
+        else:
+            for name, value in facts.items():
+                print(f"{name:<18} {value}")
+        return 0
+
+    return call
+
+
+COMMANDS = {"train": _train, "compare": _compare, "evaluate": _evaluate, "verify": _verify, "info": _info}
+
+
+def _add_config(command, skip) -> None:
+    from forde_fast.config import FIELDS, kind_of
+
+    command.add_argument("config", nargs="?", help="a TOML file with any of the settings below")
+    command.add_argument("--json", action="store_true", help="print the metrics as JSON")
+    for name, field in FIELDS.items():
+        if name in skip:
+            continue
+        flag, default = "--" + name.replace("_", "-"), f"default: {field.default}"
+        if kind_of(name) is bool:
+            command.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=default)
+        else:
+            command.add_argument(flag, type=kind_of(name), metavar=kind_of(name).__name__.upper(), help=default)
+
+
+def _settings(options):
+    """The TOML file's settings, with the flags over them."""
+    from forde_fast.config import FIELDS, TrainConfig, read
+
+    settings = read(options.config) if options.config else {}
+    flags = {name: getattr(options, name, None) for name in FIELDS}
+    return TrainConfig(**{**settings, **{name: value for name, value in flags.items() if value is not None}})
+
+
+def _new_run(config):
+    from forde_fast.run import Run
+
+    run = Run(config)
+    run.refuse_to_overwrite()
+    return run
+
+
+def _before_work(options, prepare):
+    """What `prepare` makes; what is wrong with the input is one line and status 2."""
+    try:
+        return prepare()
+    except (TypeError, ValueError, OSError) as error:
+        options.parser.error(str(error))
+
+
+def _train_with_progress(run) -> dict:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    config, strength = run.config, run.strength
+    steps = config.epochs * max(1, len(run.images) // min(config.batch_size, len(run.images)))
+    console = Console(stderr=True)
+    if config.method != "de":
+        console.print(
+            f"{config.method}: w = {config.repulsion_weight:g}, w N/B = {strength:.0f} (published on CIFAR: 1, 391)",
+            highlight=False,
+        )
+    columns = ("[progress.description]{task.description}", "{task.fields[rate]}", "{task.fields[seen]}")
+    with Progress(TextColumn(columns[0]), BarColumn(), *map(TextColumn, columns[1:]), TimeRemainingColumn(),
+                  console=console) as progress:  # fmt: skip
+        task = progress.add_task(config.method, total=steps, rate="", seen="")
+
+        def on_step(epoch, log):
+            speed = progress.tasks[0].speed or 0.0
+            rate = f"{speed * config.members * config.batch_size:,.0f} members x images/s"
+            progress.update(task, advance=1, rate=rate, seen=f"loss {float(log.cross_entropy) / config.members:.3f}")
+
+        return run.train(on_step)
+
+
+def _show(options, results: dict[str, dict], folder) -> int:
+    if options.json:
+        print(json.dumps(results, indent=1))
+        return 0
+    shown = [group for group in PREFIX if all(group in metrics for metrics in results.values())]
+    head = ("method", *(PREFIX[group] + short for group in shown for short in METRICS.values()))
+    rows = []
+    for name, metrics in results.items():
+        scores = [(metric, metrics[group][metric]) for group in shown for metric in METRICS]
+        rows.append((name, *(f"{100 * s:.1f}" if metric == "accuracy" else f"{s:.3f}" for metric, s in scores)))
+    _table("Accuracy in %, negative log-likelihood, calibration error of the ensemble's mean", head, rows)
+    print("no prefix: clean test images   c: mean over corruptions at CIFAR-10-C's severities")
+    if "corrupted_grey" in shown:
+        print("g: mean over corruptions at severities for grey images, which CIFAR-10-C's hardly touch")
+    print(f"Runs and figures: {folder}")
+    return 0
+
+
+def _table(title: str, head, rows) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for index, name in enumerate(head):
+        table.add_column(name, justify="left" if index == 0 else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    Console(soft_wrap=True).print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,175 @@
+"""The command line as a user meets it: runs, their folders, and one line for what is wrong."""
+
+import json
+import tomllib
+
+import numpy as np
+import pytest
+import torch
+
+from forde_fast import cli, plots
+from forde_fast.config import TrainConfig, read, to_toml
+from forde_fast.run import Run, open_run
+
+TINY = ["--data", "digits", "--members", "2", "--epochs", "2", "--width", "16", "--train-size", "256"]
+
+
+@pytest.fixture(autouse=True)
+def few_corruptions(monkeypatch):
+    monkeypatch.setattr("forde_fast.run.CORRUPTIONS", ("contrast", "gaussian_noise"))
+
+
+def run(*arguments):
+    return cli.main([str(a) for a in arguments])
+
+
+def refused(capsys, *arguments):
+    with pytest.raises(SystemExit) as stop:
+        run(*arguments)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert error.count("\n") == 1
+    return error
+
+
+def test_a_run_leaves_its_folder(tmp_path, capsys):
+    folder = tmp_path / "one"
+    assert run("train", *TINY, "--method", "forde-tuned", "--out", folder, "--json") == 0
+    printed = json.loads(capsys.readouterr().out)["forde-tuned"]
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert printed == metrics
+    assert {"accuracy", "nll", "ece", "brier"} <= metrics["clean"].keys()
+    assert len(metrics["clean"]["members"]) == 2
+    assert set(metrics["corrupted_grey"]["by_corruption"]) == {"contrast", "gaussian_noise"}
+    assert metrics["strength"] == pytest.approx(20 * 256 / 128)
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in log] == [1, 2, 3, 4]
+    assert all(np.isfinite(list(entry.values())).all() for entry in log)
+    assert log[-1]["cross_entropy"] < log[0]["cross_entropy"]
+    assert tomllib.loads((folder / "config.toml").read_text())["method"] == "forde-tuned"
+    assert all((folder / name).read_bytes()[:4] == b"\x89PNG" for name in ("training.png", "predictions.png"))
+
+
+def test_evaluate_gives_what_training_gave(tmp_path, capsys):
+    run("train", *TINY, "--out", tmp_path, "--json")
+    trained = json.loads(capsys.readouterr().out)["forde-pca"]
+    assert run("evaluate", tmp_path, "--json") == 0
+    found = json.loads(capsys.readouterr().out)["forde-pca"]
+    assert found == {name: trained[name] for name in found}
+
+
+def test_the_same_seed_gives_the_same_bytes(tmp_path):
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        run("train", *TINY, "--seed", seed, "--augment", "--out", tmp_path / name)
+    a, b, c = ((tmp_path / name / "checkpoint.safetensors").read_bytes() for name in "abc")
+    assert a == b
+    assert a != c
+
+
+def test_compare_sets_methods_side_by_side(tmp_path, capsys):
+    assert run("compare", *TINY, "--methods", "de,forde-identity", "--out", tmp_path) == 0
+    printed = capsys.readouterr().out
+    for name in ("de", "forde-identity"):
+        accuracy = json.loads((tmp_path / name / "metrics.json").read_text())["clean"]["accuracy"]
+        assert f"{100 * accuracy:.1f}" in next(line for line in printed.splitlines() if line.strip().startswith(name))
+    assert (tmp_path / "training.png").exists()
+
+
+def test_flags_stand_over_the_file(tmp_path):
+    file = tmp_path / "run.toml"
+    file.write_text('data = "digits"\nmembers = 2\nlr = 1\nepochs = 1\ntrain_size = 128\nmethod = "de"\n')
+    run("train", file, "--members", 3, "--out", tmp_path / "out")
+    kept = read(tmp_path / "out" / "config.toml")
+    assert (kept["members"], kept["lr"], kept["data"]) == (3, 1.0, "digits")
+
+
+def test_configuration_round_trip(tmp_path):
+    config = TrainConfig(data_dir='a "quoted" \\ path', width=7, lr=1e-05, augment=True)
+    (tmp_path / "c.toml").write_text(to_toml(config))
+    assert TrainConfig(**read(tmp_path / "c.toml")) == config
+
+
+def test_resnet_from_a_file(tmp_path):
+    file = tmp_path / "resnet.toml"
+    file.write_text('model = "resnet18"\nwidth = 4\nmembers = 2\nepochs = 1\ntrain_size = 64\nbatch_size = 32\n')
+    assert run("train", file, "--data", "digits", "--out", tmp_path / "out") == 0
+    assert open_run(tmp_path / "out").ensemble.member(1).head.out_features == 10
+
+
+def test_verify_and_info(capsys, monkeypatch):
+    monkeypatch.setattr("forde_fast.verify.SHAPES", ((3, 2, 7),))
+    assert run("verify", "--json") == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert {row["backend"] for row in rows} == {"cpp", "triton"}
+    monkeypatch.setattr("forde_fast.testing.budget", lambda *a, **k: -1.0)
+    assert run("verify") == 1
+    assert "NO" in capsys.readouterr().out
+    assert run("info", "--json") == 0
+    assert "backend cpp" in json.loads(capsys.readouterr().out)
+
+
+BAD = [
+    (["--model", "vgg"], "model: expected one of mlp, cnn, resnet18, got 'vgg'"),
+    (["--method", "svgd"], "method: expected one of de, forde-identity"),
+    (["--data", "mnist"], "data: expected one of fashion-mini, digits, fashion-mnist, got 'mnist'"),
+    (["--backend", "cudnn"], "backend: expected one of auto, reference, cpp, triton"),
+    (["--members", "0"], "members: expected a whole number >= 1, got 0"),
+    (["--epochs", "-1"], "epochs: expected a whole number >= 1"),
+    (["--lr", "nan"], "lr: expected a finite number > 0"),
+    (["--alpha", "1.5"], "alpha: expected a number from 0 to 1"),
+    (["--lr", "fast"], "--lr: invalid float value: 'fast'"),
+    (["--train-size", "1000000"], "train_size: expected <= 2000"),
+    (["--device", "tpu9"], "device: expected one that is here"),
+    (["--data", "fashion-mnist", "--data-dir", "/nowhere"], "no such"),
+    (["missing.toml"], "config: expected a TOML file, got missing.toml"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD, ids=[" ".join(a) for a, _ in BAD])
+def test_bad_input_is_one_line_and_status_2(arguments, message, tmp_path, capsys):
+    assert message in refused(capsys, "train", *arguments, "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_files(tmp_path, capsys):
+    for text, message in (
+        ("colour = 3", "expected one of data, data_dir"),
+        ("members = 'two'", "members: expected int"),
+        ("members = true", "members: expected int"),
+        ("= 3", "config: expected TOML"),
+    ):
+        (tmp_path / "bad.toml").write_text(text)
+        assert message in refused(capsys, "train", tmp_path / "bad.toml", "--out", tmp_path / "out")
+    assert "run: expected the folder of a run" in refused(capsys, "evaluate", tmp_path / "nothing")
+
+
+def test_a_run_is_never_overwritten(tmp_path, capsys):
+    run("train", *TINY, "--method", "de", "--out", tmp_path)
+    kept = (tmp_path / "checkpoint.safetensors").read_bytes()
+    capsys.readouterr()
+    assert "out: expected a folder without a run" in refused(capsys, "train", *TINY, "--out", tmp_path)
+    assert (tmp_path / "checkpoint.safetensors").read_bytes() == kept
+
+
+def test_damaged_checkpoints_are_named(tmp_path, capsys):
+    run("train", *TINY, "--method", "de", "--out", tmp_path)
+    capsys.readouterr()
+    checkpoint = tmp_path / "checkpoint.safetensors"
+    whole = checkpoint.read_bytes()
+    checkpoint.write_bytes(whole[: len(whole) // 2])
+    assert "expected a checkpoint in safetensors" in refused(capsys, "evaluate", tmp_path)
+    checkpoint.unlink()
+    assert "expected a checkpoint file" in refused(capsys, "evaluate", tmp_path)
+    (tmp_path / "config.toml").write_text((tmp_path / "config.toml").read_text().replace("width = 16", "width = 17"))
+    checkpoint.write_bytes(whole)
+    assert "expected the ensemble's members.0" in refused(capsys, "evaluate", tmp_path)
+
+
+def test_a_failed_write_leaves_what_was_there(tmp_path, monkeypatch):
+    config = TrainConfig(data="digits", members=2, epochs=1, train_size=128, method="de", out=str(tmp_path / "out"))
+    run_object = Run(config)
+    monkeypatch.setattr(plots, "training", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match="No space left"):
+        run_object.train()
+    assert open_run(tmp_path / "out").predict(run_object.data.test_images[:3]).shape == (2, 3, 10)
+    assert torch.isfinite(run_object.ensemble.flat).all()
