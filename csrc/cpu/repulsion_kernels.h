@@ -154,25 +154,31 @@ void contrasts(const Sample& sample, int64_t begin, int64_t end, void* const* ou
   }
 }
 
-// total[p] += (q_i - q_{j+p}) (s_i - s_{j+p}) over one tile.
+// total[p] += (q_i - q_{j+p}) (s_i - s_{j+p}) over one tile; eight sums run at a time, which hides the latency of
+// the multiply-add.
 template <class In, int64_t kPairs>
 inline void pair_tile(const Tiles<In>& tiles, int64_t i, int64_t j, Vector<Acc<In>>* total) {
   using V = Vector<Acc<In>>;
-  constexpr int64_t kVectors = Tiles<In>::kVectors;
+  constexpr int64_t kVectors = Tiles<In>::kVectors, kUnroll = 8 / kPairs;
   const V *s_i = tiles.s_row(i), *q_i = tiles.q_row(i), *s_j = tiles.s_row(j), *q_j = tiles.q_row(j);
-  V sums[kPairs] = {};
+  V sums[kUnroll][kPairs] = {};
   if (tiles.q == tiles.s) {
-    for (int64_t v = 0; v < kVectors; ++v)
-      for (int64_t p = 0; p < kPairs; ++p) {
-        const V ds = s_i[v] - s_j[p * kVectors + v];
-        sums[p] += ds * ds;
-      }
+    for (int64_t v = 0; v < kVectors; v += kUnroll)
+      for (int64_t u = 0; u < kUnroll; ++u)
+        for (int64_t p = 0; p < kPairs; ++p) {
+          const V ds = s_i[v + u] - s_j[p * kVectors + v + u];
+          sums[u][p] += ds * ds;
+        }
   } else {
-    for (int64_t v = 0; v < kVectors; ++v)
-      for (int64_t p = 0; p < kPairs; ++p)
-        sums[p] += (q_i[v] - q_j[p * kVectors + v]) * (s_i[v] - s_j[p * kVectors + v]);
+    for (int64_t v = 0; v < kVectors; v += kUnroll)
+      for (int64_t u = 0; u < kUnroll; ++u)
+        for (int64_t p = 0; p < kPairs; ++p) {
+          const int64_t at = p * kVectors + v + u;
+          sums[u][p] += (q_i[v + u] - q_j[at]) * (s_i[v + u] - s_j[at]);
+        }
   }
-  for (int64_t p = 0; p < kPairs; ++p) total[p] += sums[p];
+  for (int64_t u = 0; u < kUnroll; ++u)
+    for (int64_t p = 0; p < kPairs; ++p) total[p] += sums[u][p];
 }
 
 // total += (q_n - q_0) (s_n + s_0) over one tile: the growth of s^T C s from row 0 to row n.
@@ -201,6 +207,7 @@ void pairs(const Sample& sample, int64_t begin, int64_t end, double* d, double* 
         int64_t j = among ? i + 1 : first;
         V* row = sums + i * repelling - first;
         for (; j + 4 <= sample.rows; j += 4) pair_tile<In, 4>(tiles, i, j, row + j);
+        for (; j + 2 <= sample.rows; j += 2) pair_tile<In, 2>(tiles, i, j, row + j);
         for (; j < sample.rows; ++j) pair_tile<In, 1>(tiles, i, j, row + j);
       }
     }
@@ -209,33 +216,40 @@ void pairs(const Sample& sample, int64_t begin, int64_t end, double* d, double* 
   }
 }
 
+// out = (sum_j c_j (q_i - q_j) - t s_i) / norm over one tile; c [repelling]
+template <class In>
+inline void mix_tile(const Tiles<In>& tiles, int64_t i, int64_t first, int64_t repelling, const Acc<In>* c,
+                     Acc<In> t, Acc<In> norm, Vector<Acc<In>>* out) {
+  using V = Vector<Acc<In>>;
+  constexpr int64_t kVectors = Tiles<In>::kVectors, kUnroll = 4;  // so many share the load of a coefficient
+  const V *q_i = tiles.q_row(i), *s_i = tiles.s_row(i);
+  for (int64_t v = 0; v < kVectors; v += kUnroll) {
+    V total[kUnroll] = {}, own[kUnroll];
+    for (int64_t u = 0; u < kUnroll; ++u) own[u] = q_i[v + u];
+    const V* q_j = tiles.q_row(first) + v;
+    for (int64_t j = 0; j < repelling; ++j, q_j += kVectors)
+      for (int64_t u = 0; u < kUnroll; ++u) total[u] += c[j] * (own[u] - q_j[u]);
+    for (int64_t u = 0; u < kUnroll; ++u) out[v + u] = (total[u] - t * s_i[v + u]) / norm;
+  }
+}
+
 template <class In>
 void combine(const Sample& sample, int64_t begin, int64_t end, const double* c, const double* t, void* const* out) {
   using T = Acc<In>;
-  using V = Vector<T>;
-  Tiles<In> tiles(sample);
   const bool among = sample.moving == sample.rows;
   const int64_t first = among ? 0 : sample.moving, repelling = sample.rows - first;
+  Tiles<In> tiles(sample, Tiles<In>::kVectors + sample.moving * repelling / kWidth<T> + 1);
+  Vector<T>* mixed = tiles.spare();
+  T* coefficients = reinterpret_cast<T*>(mixed + Tiles<In>::kVectors);
+  std::copy(c, c + sample.moving * repelling, coefficients);
   for (int64_t at = begin; at < end; at += kTile) {
     const int64_t count = std::min(kTile, end - at);
     tiles.load(at, count);
     for (int64_t i = 0; i < sample.moving; ++i) {
-      alignas(32) T mixed[kTile];
-      const T norm = T(sample.norm[i]), projection = T(t[i]);
-      for (int64_t v = 0; v < Tiles<In>::kVectors; v += 4) {  // four vectors share each coefficient
-        const V* q_i = tiles.q_row(i) + v;
-        V total[4] = {};
-        for (int64_t j = 0; j < repelling; ++j) {
-          const T c_ij = T(c[i * repelling + j]);
-          const V* q_j = tiles.q_row(first + j) + v;
-          for (int64_t u = 0; u < 4; ++u) total[u] += c_ij * (q_i[u] - q_j[u]);
-        }
-        const V* s_i = tiles.s_row(i) + v;
-        for (int64_t u = 0; u < 4; ++u)
-          reinterpret_cast<V*>(mixed)[v + u] = (total[u] - projection * s_i[u]) / norm;
-      }
+      mix_tile<In>(tiles, i, first, repelling, coefficients + i * repelling, T(t[i]), T(sample.norm[i]), mixed);
+      const T* from = reinterpret_cast<const T*>(mixed);
       In* row = static_cast<In*>(out[i]) + at;
-      for (int64_t k = 0; k < count; ++k) narrow(mixed[k], row + k);
+      for (int64_t k = 0; k < count; ++k) narrow(from[k], row + k);
     }
   }
 }
