@@ -25,7 +25,11 @@ def lengthscales(size: int) -> dict:
     values = torch.logspace(2, -2, size)
     thin = min(256, size // 4)
     tail = float(values[thin] + values[-1]) / 2
-    return {"identity": Identity(), "pca": ff.PCA(basis, values), f"rank {thin}": ff.PCA(basis[:, :thin], values[:thin], tail)}
+    return {
+        "identity": Identity(),
+        "pca": ff.PCA(basis, values),
+        f"rank {thin}": ff.PCA(basis[:, :thin], values[:thin], tail),
+    }
 
 
 def measure(shape, name, scale, device, rounds) -> list[dict]:

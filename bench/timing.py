@@ -72,7 +72,9 @@ def commit() -> str:
     """The commit that is measured, with + where the tree differs from it; unknown outside a checkout."""
     try:
         where = Path(__file__).parent
-        head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=where, capture_output=True, text=True, check=True)
+        head = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], cwd=where, capture_output=True, text=True, check=True
+        )
         changed = subprocess.run(["git", "status", "--porcelain", "-uno", "--", "../forde_fast", "../csrc", "../kernels"],
                                  cwd=where, capture_output=True, text=True, check=True)  # fmt: skip
         return head.stdout.strip() + ("+" if changed.stdout.strip() else "")

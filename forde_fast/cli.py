@@ -98,7 +98,10 @@ def _verify(command):
                 [_verify_cells(row) for row in rows],
             )
             for row in rows:
-                print(*(f"{row['backend']} {row['dtype']} {row['lengthscale']}: {b}" for b in row.get("beyond", ())), sep="")
+                print(
+                    *(f"{row['backend']} {row['dtype']} {row['lengthscale']}: {b}" for b in row.get("beyond", ())),
+                    sep="",
+                )
         return 0 if all(row["within"] for row in rows) else 1
 
     return call

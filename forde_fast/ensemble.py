@@ -42,12 +42,8 @@ class Ensemble(nn.Module):
     def _adopt(self, modules: list[nn.Module]) -> None:
         expect(len(modules) >= 1, "modules", "at least one", "none")
         for module in modules:
-            expect(
-                isinstance(module, nn.Module), "modules", "torch.nn.Module", type(module).__name__, TypeError
-            )
-        expect(
-            len({id(m) for m in modules}) == len(modules), "modules", "distinct modules", "one of them twice"
-        )
+            expect(isinstance(module, nn.Module), "modules", "torch.nn.Module", type(module).__name__, TypeError)
+        expect(len({id(m) for m in modules}) == len(modules), "modules", "distinct modules", "one of them twice")
         self.members = nn.ModuleList(modules)
         self.training = all(module.training for module in modules)  # if not, the trainer sees to it
         first = self._signature(modules[0])
@@ -99,8 +95,14 @@ class Ensemble(nn.Module):
         return self.members[index]
 
     def functional(self, index: int, parameters: Tensor, buffers: dict[str, Tensor] | None = None):
-        """Member `index` as a function of x, with `parameters` [P] in its graph; buffers are updated in place."""
+        """Member `index` as a function of x, with `parameters` [P] in its graph.
+
+        buffers  in place of the member's own; written where the module writes in place, as BatchNorm does
+        """
         named = _trainable(self.members[index])
+        size = sum(p.numel() for _, p in named)
+        frozen = "as many trainable parameters as when the ensemble was built (freeze before building it)"
+        expect(size == len(parameters), "ensemble", frozen, f"{size}, not {len(parameters)}")
         views = parameters.split([p.numel() for _, p in named])
         tensors = {name: view.view(p.shape) for (name, p), view in zip(named, views, strict=True)}
         return lambda x: functional_call(self.members[index], {**tensors, **(buffers or {})}, (x,))

@@ -89,8 +89,10 @@ class PCA(Lengthscale):
         validation.finite(eigenvalues, "eigenvalues")
         expect(bool((eigenvalues >= 0).all()), "eigenvalues", "values >= 0", float(eigenvalues.min()))
         validation.positive(float(tail), "tail", allow_zero=True)
-        self.eigenvectors = eigenvectors.detach().double()
-        self.eigenvalues = eigenvalues.detach().double()
+        devices = f"{eigenvectors.device} and {eigenvalues.device}"
+        expect(eigenvectors.device == eigenvalues.device, "eigenvalues", "the eigenvectors' device", devices)
+        self.eigenvectors = eigenvectors.detach().to(torch.float64, copy=True)
+        self.eigenvalues = eigenvalues.detach().to(torch.float64, copy=True)
         self.tail = float(tail)
         self._cache: dict = {}
 
@@ -197,22 +199,16 @@ def _covariance(images, center: bool) -> Tensor:
     for batch in [images] if isinstance(images, Tensor) else images:
         rows = batch[0] if isinstance(batch, (tuple, list)) else batch
         expect(isinstance(rows, Tensor), "images", "tensors", type(rows).__name__, TypeError)
-        expect(
-            rows.is_floating_point(), "images", "floats, as the model receives them", rows.dtype, TypeError
-        )
+        expect(rows.is_floating_point(), "images", "floats, as the model receives them", rows.dtype, TypeError)
         shaped = rows.ndim >= 2 and rows.numel() > 0
         expect(shaped, "images", "[N, ...] with two dimensions or more, none empty", f"shape {list(rows.shape)}")
         validation.finite(rows, "images")
         if total is None:
             size = rows[0].numel()
-            total, square = (
-                torch.zeros(s, dtype=torch.float64, device=rows.device) for s in (size, (size, size))
-            )
+            total, square = (torch.zeros(s, dtype=torch.float64, device=rows.device) for s in (size, (size, size)))
             # accumulated about a point near the mean: no cancellation when that is taken away at the end
             origin = rows.double().flatten(1).mean(0) if center else torch.zeros_like(total)
-        expect(
-            rows[0].numel() == size, "images", f"{size} values each, as in the first batch", rows[0].numel()
-        )
+        expect(rows[0].numel() == size, "images", f"{size} values each, as in the first batch", rows[0].numel())
         for chunk in rows.split(4096):
             x = chunk.double().flatten(1) - origin
             count, total = count + len(x), total + x.sum(0)

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from forde_fast.lengthscales import PCA, Identity, Lengthscale
-from forde_fast.rule import Median
+from forde_fast.rule import Median, check_bandwidth
 from forde_fast.spaces import InputGradients
-from forde_fast.validation import one_of
+from forde_fast.validation import expect, one_of
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,10 @@ class Method:
     space: Callable | None
     normalize: bool = True
     bandwidth: str | float | Median = "median"
+
+    def __post_init__(self):
+        expect(self.space is None or callable(self.space), "space", "None or a callable", self.space, TypeError)
+        check_bandwidth(self.bandwidth)
 
 
 METHODS = {"de": Method(space=None), "forde": Method(space=InputGradients())}

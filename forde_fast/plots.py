@@ -16,9 +16,9 @@ RIGHT, WRONG, BAR, TRACK = "#1a7f37", "#c62828", "#9db8d2", "#eef1f4"
 
 # key of the log -> title; drawn in this order
 CURVES = {
-    "cross_entropy": "cross-entropy [nats]",
+    "cross_entropy": "cross-entropy, sum of members [nats]",
     "repulsion": "repulsion R",
-    "bandwidth_median": "median bandwidth h",
+    "bandwidth_median": "median squared distance",
     "gradient_cosine": "cosine between members' input gradients",
     "weight_entropy": "entropy of the repulsion weights p [nats]",
     "gradient_ratio": "‖∇ repulsion‖ / ‖∇ cross-entropy‖",

@@ -74,9 +74,7 @@ def combine(state, c: Tensor) -> Tensor:
     return torch.autograd.grad(d, particles, c / 2, retain_graph=True)[0].to(dtype)
 
 
-def repulsion(
-    particles, lengthscale=None, others=None, normalize=True, eps=1e-24, bandwidth="median"
-) -> Repulsion:
+def repulsion(particles, lengthscale=None, others=None, normalize=True, eps=1e-24, bandwidth="median") -> Repulsion:
     """R and dR/dparticles with `others` and the bandwidth held constant, as `forde_fast.repulsion` defines them."""
     d, (graph, wide, dtype) = distances(particles, lengthscale, others, normalize, eps)
     h = bandwidth_of(d, bandwidth)

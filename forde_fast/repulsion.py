@@ -9,7 +9,7 @@ from torch import Tensor
 
 from forde_fast import operators, validation
 from forde_fast.lengthscales import Identity
-from forde_fast.rule import Median, kernel_rule
+from forde_fast.rule import Median, check_bandwidth, kernel_rule
 from forde_fast.types import Backend, Repulsion
 from forde_fast.validation import expect
 
@@ -68,7 +68,7 @@ def repulsion(
     cannot run here. Source: Trinh et al., ICLR 2024, equations 16 and 17 and the published code.
     """
     name, implementation = _choose(backend, particles, others, lengthscale, eps)
-    _check_bandwidth(bandwidth, particles if others is None else others)
+    check_bandwidth(bandwidth, particles if others is None else others)
     if name == "reference":
         _check_finite(particles, others)
         result = implementation.repulsion(particles, lengthscale, others, normalize, eps, bandwidth)
@@ -81,6 +81,13 @@ def repulsion(
         value = torch.ops.forde_fast.attach_gradient(particles, result.value, result.gradient)
         result = result._replace(value=value)
     return result
+
+
+def check_backend(backend: str) -> None:
+    """ValueError for a name that is none (the message lists them), RuntimeError for one that cannot run here."""
+    validation.one_of(backend, "backend", ("auto", *BACKENDS))
+    reason = operators.UNUSABLE.get(backend)
+    expect(not reason, "backend", f"one that can run here, not {backend!r}", reason, RuntimeError)
 
 
 def distances(particles, lengthscale=None, *, others=None, normalize=True, eps=1e-24, backend="auto"):
@@ -135,7 +142,7 @@ def _combine(state: State, c: Tensor) -> Tensor:
 
 def _choose(backend: str, particles, others, lengthscale, eps):
     """Validate, then the backend's name and the module or namespace that has its operations."""
-    validation.one_of(backend, "backend", ("auto", *BACKENDS))
+    check_backend(backend)
     validation.particles_and_others(particles, others, getattr(lengthscale, "dimension", None))
     validation.positive(eps, "eps")
     if backend == "auto":
@@ -146,38 +153,14 @@ def _choose(backend: str, particles, others, lengthscale, eps):
 
         return backend, reference
     interpreted = backend == "triton" and particles.is_cpu and operators.TRITON_INTERPRETS
-    reason = operators.UNUSABLE[backend]
-    if not reason and not interpreted and particles.device.type != {"cpp": "cpu", "triton": "cuda"}[backend]:
-        reason = f"the particles are on {particles.device}"
-    expect(not reason, "backend", f"one that can run here, not {backend!r}", reason, RuntimeError)
+    fits = interpreted or particles.device.type == {"cpp": "cpu", "triton": "cuda"}[backend]
+    where = f"the particles are on {particles.device}"
+    expect(fits, "backend", f"one for these particles, not {backend!r}", where, RuntimeError)
     if interpreted:  # the same kernels, run by Triton's interpreter on CPU tensors
         from forde_fast.kernels import repulsion as kernels
 
         return backend, kernels
     return backend, torch.ops.forde_fast
-
-
-def _check_bandwidth(bandwidth, repelling: Tensor) -> None:
-    if isinstance(bandwidth, Median):
-        return
-    if isinstance(bandwidth, str):
-        expect(bandwidth == "median", "bandwidth", "'median', a Median, a number or a tensor", repr(bandwidth))
-    elif isinstance(bandwidth, Tensor):
-        shape = repelling.shape[:2]
-        expect(bandwidth.is_floating_point(), "bandwidth", "a floating tensor", bandwidth.dtype, TypeError)
-        expect(
-            bandwidth.device in (repelling.device, torch.device("cpu")),
-            "bandwidth",
-            f"device {repelling.device}",
-            bandwidth.device,
-        )
-        fits = bandwidth.ndim <= 2 and all(
-            a in (1, b) for a, b in zip(bandwidth.shape[::-1], shape[::-1], strict=False)
-        )
-        expect(fits, "bandwidth", f"a shape that broadcasts to {list(shape)}", list(bandwidth.shape))
-        expect(bandwidth.is_cuda or bool((bandwidth > 0).all()), "bandwidth", "values > 0", bandwidth.min())
-    else:
-        validation.positive(bandwidth, "bandwidth")
 
 
 def _check_finite(particles: Tensor, others: Tensor | None) -> None:

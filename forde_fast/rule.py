@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from forde_fast.validation import expect
+from forde_fast.validation import expect, positive
 
 FLOOR = 1e-12  # added to every median bandwidth, so that identical particles divide by something
 
@@ -64,6 +64,26 @@ def bandwidth_of(d: Tensor, bandwidth: "str | Median | float | Tensor") -> Tenso
     if isinstance(bandwidth, Median):
         return bandwidth(d)
     return torch.as_tensor(bandwidth, dtype=d.dtype, device=d.device).expand(1, *d.shape[1:])
+
+
+def check_bandwidth(bandwidth, repelling: Tensor | None = None) -> None:
+    """TypeError or ValueError for what is no bandwidth, or none for the particles [Mj, G, D] that repel."""
+    if isinstance(bandwidth, Median):
+        return
+    if isinstance(bandwidth, str):
+        expect(bandwidth == "median", "bandwidth", "'median', a Median, a number or a tensor", repr(bandwidth))
+    elif isinstance(bandwidth, Tensor):
+        expect(bandwidth.is_floating_point(), "bandwidth", "a floating tensor", bandwidth.dtype, TypeError)
+        expect(bandwidth.is_cuda or bool((bandwidth > 0).all()), "bandwidth", "values > 0", bandwidth.min())
+        if repelling is not None:
+            device, shape = repelling.device, repelling.shape[:2]
+            known = bandwidth.device in (device, torch.device("cpu"))
+            expect(known, "bandwidth", f"device {device}", bandwidth.device)
+            pairs = zip(bandwidth.shape[::-1], shape[::-1], strict=False)
+            fits = bandwidth.ndim <= 2 and all(own in (1, size) for own, size in pairs)
+            expect(fits, "bandwidth", f"a shape that broadcasts to {list(shape)}", list(bandwidth.shape))
+    else:
+        positive(bandwidth, "bandwidth")
 
 
 def kernel_rule(d: Tensor, bandwidth="median") -> tuple[Tensor, Tensor, Tensor]:

@@ -40,14 +40,21 @@ class Run:
         self.device = _device(config.device)
         self.data = load(config.data, config.data_dir, config.download)
         size = config.train_size
-        expect(size is None or size <= len(self.data.train_images), "train_size", f"<= {len(self.data.train_images)}", size)
+        expect(
+            size is None or size <= len(self.data.train_images),
+            "train_size",
+            f"<= {len(self.data.train_images)}",
+            size,
+        )
         self.images = self.data.train_images[:size]
         self.labels = self.data.train_labels[:size]
         self.normalisation = Normalisation.fit(self.images)
         channels = self.images.shape[3] if self.images.ndim == 4 else 1
         shape = (channels, *self.images.shape[1:3])
         self.ensemble = Ensemble(
-            lambda: models.make(config.model, len(self.data.classes), shape, config.width), config.members, config.seed
+            lambda: models.make(config.model, len(self.data.classes), shape, config.width),
+            config.members,
+            config.seed,
         ).to(self.device)
         self.strength = config.repulsion_weight * len(self.images) / min(config.batch_size, len(self.images))
 
@@ -74,11 +81,12 @@ class Run:
         loader = Loader(
             x, self.labels.to(self.device), self.config.batch_size, augment=self.config.augment, seed=self.config.seed
         )
+        repels = method.space is not None and self.config.members > 1
         start = time.perf_counter()
         with open(self.folder / "log.jsonl", "w", encoding="utf-8") as file:
 
             def record(epoch: int, log: Log) -> None:
-                numbers = {key: float(value) for key, value in log._asdict().items()}
+                numbers = {key: float(getattr(log, key)) for key in (Log._fields if repels else Log._fields[:1])}
                 file.write(json.dumps({"step": trainer.steps, "epoch": epoch, **numbers}) + "\n")
                 if on_step is not None:
                     on_step(epoch, log)
@@ -116,7 +124,13 @@ class Run:
 
     def refuse_to_overwrite(self) -> None:
         held = [name for name in FILES if (self.folder / name).exists()]
-        expect(not held, "out", "a folder without a run", f"{self.folder}, which holds {', '.join(held)}", FileExistsError)
+        expect(
+            not held,
+            "out",
+            "a folder without a run",
+            f"{self.folder}, which holds {', '.join(held)}",
+            FileExistsError,
+        )
         expect(not self.folder.is_file(), "out", "a folder", f"the file {self.folder}", FileExistsError)
 
     def _draw(self) -> None:
@@ -124,7 +138,12 @@ class Run:
         shown = slice(0, 12)
         images, labels = self.data.test_images[shown], self.data.test_labels[shown]
         plots.predictions(
-            images, labels, self.predict(images), self.data.classes, self.folder / "predictions.png", self.config.method
+            images,
+            labels,
+            self.predict(images),
+            self.data.classes,
+            self.folder / "predictions.png",
+            self.config.method,
         )
 
 

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from forde_fast import validation
 from forde_fast.ensemble import Ensemble, evaluation_mode
 from forde_fast.methods import Method, resolve
-from forde_fast.repulsion import repulsion
+from forde_fast.repulsion import check_backend, repulsion
 from forde_fast.rule import kernel_weights, median
 from forde_fast.spaces import InputGradients
 from forde_fast.types import Repulsion
@@ -112,6 +112,7 @@ def descend_(parameters: Tensor, velocity: Tensor, g: Tensor, sgd: SGD) -> None:
     parameters.add_(g.add_(velocity, alpha=sgd.momentum) if sgd.nesterov else velocity, alpha=-sgd.lr)
 
 
+@torch.enable_grad()
 def gradient(
     ensemble: Ensemble,
     parameters: Tensor,
@@ -206,7 +207,8 @@ class Trainer:
     backend           of the repulsion operation
     lr, momentum, nesterov, weight_decay   of SGD
     optimizer         any torch optimiser in place of SGD: a callable that takes the members' parameters, such as
-                      lambda parameters: torch.optim.Adam(parameters, lr=1e-3)
+                      lambda parameters: torch.optim.Adam(parameters, lr=1e-3); lr, momentum, nesterov and
+                      weight_decay are then its own, and a schedule multiplies its learning rates
     loss              (outputs, y) -> [], mean over the batch
     seed              of what is random in `fit` (dropout); the loader has its own
     """
@@ -225,9 +227,7 @@ class Trainer:
             validation.positive(value, name, allow_zero=True)
         validation.positive(eps, "eps")
         validation.positive(lr, "lr")
-        from forde_fast.repulsion import BACKENDS
-
-        validation.one_of(backend, "backend", ("auto", *BACKENDS))
+        check_backend(backend)
         fits = lengthscale is None or (hasattr(lengthscale, "coordinates") and hasattr(lengthscale, "product"))
         got = type(lengthscale).__name__
         expect(fits, "lengthscale", "None or a lengthscale such as Identity() or PCA.fit(images)", got, TypeError)
@@ -245,7 +245,7 @@ class Trainer:
             self.optimizer = optimizer(parameters)
             self._rates = [group["lr"] for group in self.optimizer.param_groups]
         self.seed = seed
-        self.steps = 0
+        self.steps = self.epochs = 0  # done
         self._classes: int | None = None
         self._shape: torch.Size | None = None  # of the samples that the members were tried on
         self._ratio = torch.zeros((), device=ensemble.flat.device)
@@ -272,7 +272,7 @@ class Trainer:
             on_step: Callable[[int, Log], None] | None = None) -> None:  # fmt: skip
         """Train on the batches (x, y) of `loader`, an iterable that can be read once per epoch.
 
-        schedule  (share of the epochs done before this one) -> factor on the learning rate
+        schedule  (share of this call's epochs done before this one) -> factor on the learning rate
         on_step   called with (epoch, log) after every step
         """
         validation.whole(epochs, "epochs")
@@ -280,12 +280,13 @@ class Trainer:
         for epoch in range(epochs):
             steps = self.steps
             with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-                torch.manual_seed(int(np.random.SeedSequence([self.seed, epoch]).generate_state(1)[0]))
+                torch.manual_seed(int(np.random.SeedSequence([self.seed, self.epochs]).generate_state(1)[0]))
                 for x, y in loader:
                     log = self.step(x.to(device), y.to(device), schedule(epoch / epochs))
                     if on_step is not None:
                         on_step(epoch, log)
             expect(self.steps > steps, "loader", "at least one batch per epoch", f"none in epoch {epoch}")
+            self.epochs += 1
 
     @property
     def _sgd_rest(self):

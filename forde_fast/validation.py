@@ -34,9 +34,7 @@ def particles_and_others(particles: Tensor, others: Tensor | None, dimension: in
     tensor_of_floats(particles, "particles", "M, G, D")
     if others is not None:
         tensor_of_floats(others, "others", "N, G, D")
-        expect(
-            others.dtype == particles.dtype, "others", f"dtype {particles.dtype} as particles", others.dtype
-        )
+        expect(others.dtype == particles.dtype, "others", f"dtype {particles.dtype} as particles", others.dtype)
         expect(others.device == particles.device, "others", f"device {particles.device}", others.device)
         expect(
             others.shape[1:] == particles.shape[1:],
@@ -80,6 +78,4 @@ def labels_in_range(labels: Tensor, classes: int, name: str = "labels") -> None:
     expect(integer, name, "an integer tensor", labels.dtype, TypeError)
     expect(labels.ndim == 1, name, "1 dimension [B]", f"shape {list(labels.shape)}")
     low, high = (int(v) for v in torch.aminmax(labels)) if labels.numel() else (0, 0)
-    expect(
-        low >= 0 and high < classes, name, f"values from 0 to {classes - 1}", f"values from {low} to {high}"
-    )
+    expect(low >= 0 and high < classes, name, f"values from 0 to {classes - 1}", f"values from {low} to {high}")

@@ -74,8 +74,7 @@ def _jackknife_error_of_deviation(made: np.ndarray) -> np.ndarray:
     n = len(made)
     total, squares = made.sum(axis=0), (made**2).sum(axis=0)
     left_out = [
-        np.sqrt(np.maximum((squares - draw**2) / (n - 1) - ((total - draw) / (n - 1)) ** 2, 0))
-        for draw in made
+        np.sqrt(np.maximum((squares - draw**2) / (n - 1) - ((total - draw) / (n - 1)) ** 2, 0)) for draw in made
     ]
     return np.sqrt((n - 1) * np.var(left_out, axis=0))
 

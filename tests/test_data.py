@@ -75,9 +75,7 @@ def test_digits_split_is_fixed_stratified_and_whole():
     assert digits.train_images.shape == (1297, 8, 8)
     assert digits.test_images.shape == (500, 8, 8)
     assert digits.test_images.max() == 255
-    share = torch.bincount(digits.test_labels) / torch.bincount(
-        torch.cat([digits.train_labels, digits.test_labels])
-    )
+    share = torch.bincount(digits.test_labels) / torch.bincount(torch.cat([digits.train_labels, digits.test_labels]))
     assert (share - 500 / 1797).abs().max() < 1 / 174  # less than one image of the smallest class
     both = torch.cat([digits.train_images, digits.test_images]).numpy()
     stored = np.rint(load_digits().images * 255 / 16)
@@ -102,9 +100,7 @@ def test_unknown_name_lists_the_known_ones():
 
 def test_missing_file_says_what_to_do(folder):
     (folder / "train-labels-idx1-ubyte.gz").unlink()
-    with pytest.raises(
-        FileNotFoundError, match=r"train-labels-idx1-ubyte\.gz: no such file; pass download=True"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"train-labels-idx1-ubyte\.gz: no such file; pass download=True"):
         load("fashion-mnist", folder)
 
 
@@ -202,9 +198,7 @@ def test_bad_download_leaves_nothing_behind(server, tmp_path, damage):
             path.write_bytes(content[:-1])
         case "missing":
             path.unlink()
-    error, message = (
-        (OSError, "train-images") if damage == "missing" else (ValueError, "expected a file with md5")
-    )
+    error, message = (OSError, "train-images") if damage == "missing" else (ValueError, "expected a file with md5")
     with pytest.raises(error, match=message):
         load("fashion-mnist", download=True)
     assert not list((tmp_path / "cache" / "fashion-mnist").iterdir())

@@ -16,9 +16,7 @@ F32, F64 = torch.float32, torch.float64
 
 
 def net(width=5):
-    return nn.Sequential(
-        nn.Linear(6, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Dropout(0.5), nn.Linear(width, 3)
-    )
+    return nn.Sequential(nn.Linear(6, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Dropout(0.5), nn.Linear(width, 3))
 
 
 def make(members=3, seed=0, model=net):

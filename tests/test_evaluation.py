@@ -30,9 +30,7 @@ def test_against_torchmetrics_and_scikit_learn(samples, classes):
     assert got["ece"] == pytest.approx(ece.item(), abs=1e-6)
     assert got["nll"] == pytest.approx(log_loss(labels, probs, labels=range(classes)), abs=1e-6)
     one_hot = torch.nn.functional.one_hot(labels, classes)
-    brier = sum(
-        brier_score_loss(one_hot[:, k], probs[:, k], labels=[0, 1], pos_label=1) for k in range(classes)
-    )
+    brier = sum(brier_score_loss(one_hot[:, k], probs[:, k], labels=[0, 1], pos_label=1) for k in range(classes))
     assert got["brier"] == pytest.approx(brier, abs=1e-6)
 
 

@@ -17,9 +17,7 @@ NETS = {
 }
 SCORES = {
     "logit": lambda o, y: torch.stack([o[b, y[b]] for b in range(B)]),
-    "log_probability": lambda o, y: torch.stack(
-        [o[b, y[b]] - torch.log(torch.exp(o[b]).sum()) for b in range(B)]
-    ),
+    "log_probability": lambda o, y: torch.stack([o[b, y[b]] - torch.log(torch.exp(o[b]).sum()) for b in range(B)]),
 }
 
 

@@ -403,9 +403,7 @@ def test_dead_rows_have_no_gradient_and_are_counted(backend):
     x, y = batch(6, F64)
     exact, rows, _ = by_autograd(ensemble, x, y)
     plain, _ = gradient(ensemble, ensemble.flat, None, x, y, Objective(ff.Method(None)))
-    g, log = gradient(
-        ensemble, ensemble.flat, None, x, y, Objective(ff.Method(ff.InputGradients()), backend=backend)
-    )
+    g, log = gradient(ensemble, ensemble.flat, None, x, y, Objective(ff.Method(ff.InputGradients()), backend=backend))
     assert (rows[0] == 0).all()
     assert log.dead_rows == 6
     assert torch.equal(g[0], plain[0])

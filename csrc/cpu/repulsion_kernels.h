@@ -7,6 +7,8 @@
 
 template <class T>
 using Vector __attribute__((vector_size(32))) = T;
+template <class T>
+using Unaligned __attribute__((vector_size(32), aligned(alignof(T)))) = T;
 
 constexpr int64_t kTile = 256;          // columns that are worked on at a time
 constexpr int64_t kRun = 16 * kTile;    // columns whose sums stay in vectors of the computing type
@@ -57,11 +59,17 @@ inline Vector<T>* scratch(int64_t count) {
   return reinterpret_cast<Vector<T>*>((address + 63) & ~uintptr_t(63));
 }
 
-// tile = values / norm, zero up to the end of the tile. Divided, not multiplied by a reciprocal: in one dimension
-// the result is exactly 1 or -1, and the distance between two of them exactly 0.
+// tile = values / norm, zero up to the end of the tile. In double by a division: in one dimension the result is
+// exactly 1 or -1, and the distance between two of them exactly 0. In float, for many columns, by the reciprocal.
 template <class In>
-inline void fill(const In* values, Acc<In> norm, int64_t count, Acc<In>* __restrict__ tile) {
-  for (int64_t k = 0; k < count; ++k) tile[k] = widen(values[k]) / norm;
+inline void fill(const In* values, double norm, int64_t count, Acc<In>* __restrict__ tile) {
+  using T = Acc<In>;
+  if constexpr (std::is_same_v<T, double>) {
+    for (int64_t k = 0; k < count; ++k) tile[k] = values[k] / norm;
+  } else {
+    const T factor = T(1 / norm);
+    for (int64_t k = 0; k < count; ++k) tile[k] = widen(values[k]) * factor;
+  }
   for (int64_t k = count; k < kTile; ++k) tile[k] = 0;
 }
 
@@ -92,7 +100,7 @@ struct Tiles {
 
   void load_s(int64_t begin, int64_t count) {
     for (int64_t n = 0; n < sample.rows; ++n)
-      fill(static_cast<const In*>(sample.values[n]) + begin, T(sample.norm[n]), count,
+      fill(static_cast<const In*>(sample.values[n]) + begin, sample.norm[n], count,
            reinterpret_cast<T*>(s_row(n)));
   }
 
@@ -219,7 +227,7 @@ void pairs(const Sample& sample, int64_t begin, int64_t end, double* d, double* 
 // out = (sum_j c_j (q_i - q_j) - t s_i) / norm over one tile; c [repelling]
 template <class In>
 inline void mix_tile(const Tiles<In>& tiles, int64_t i, int64_t first, int64_t repelling, const Acc<In>* c,
-                     Acc<In> t, Acc<In> norm, Vector<Acc<In>>* out) {
+                     Acc<In> t, Acc<In> reciprocal, Unaligned<Acc<In>>* out) {
   using V = Vector<Acc<In>>;
   constexpr int64_t kVectors = Tiles<In>::kVectors, kUnroll = 4;  // so many share the load of a coefficient
   const V *q_i = tiles.q_row(i), *s_i = tiles.s_row(i);
@@ -229,7 +237,7 @@ inline void mix_tile(const Tiles<In>& tiles, int64_t i, int64_t first, int64_t r
     const V* q_j = tiles.q_row(first) + v;
     for (int64_t j = 0; j < repelling; ++j, q_j += kVectors)
       for (int64_t u = 0; u < kUnroll; ++u) total[u] += c[j] * (own[u] - q_j[u]);
-    for (int64_t u = 0; u < kUnroll; ++u) out[v + u] = (total[u] - t * s_i[v + u]) / norm;
+    for (int64_t u = 0; u < kUnroll; ++u) out[v + u] = (total[u] - t * s_i[v + u]) * reciprocal;
   }
 }
 
@@ -246,9 +254,12 @@ void combine(const Sample& sample, int64_t begin, int64_t end, const double* c, 
     const int64_t count = std::min(kTile, end - at);
     tiles.load(at, count);
     for (int64_t i = 0; i < sample.moving; ++i) {
-      mix_tile<In>(tiles, i, first, repelling, coefficients + i * repelling, T(t[i]), T(sample.norm[i]), mixed);
-      const T* from = reinterpret_cast<const T*>(mixed);
       In* row = static_cast<In*>(out[i]) + at;
+      const bool direct = std::is_same_v<In, T> && count == kTile;
+      auto* to = reinterpret_cast<Unaligned<T>*>(direct ? static_cast<void*>(row) : mixed);
+      mix_tile<In>(tiles, i, first, repelling, coefficients + i * repelling, T(t[i]), T(1 / sample.norm[i]), to);
+      if (direct) continue;
+      const T* from = reinterpret_cast<const T*>(mixed);
       for (int64_t k = 0; k < count; ++k) narrow(from[k], row + k);
     }
   }

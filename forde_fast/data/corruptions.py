@@ -101,9 +101,7 @@ def _check_images(images: np.ndarray | torch.Tensor) -> None:
     if str(images.dtype) not in ("uint8", "torch.uint8"):
         raise TypeError(f"images: expected uint8; got {images.dtype}")
     if images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[3] not in (1, 3)):
-        raise ValueError(
-            f"images: expected [N, H, W] or [N, H, W, C] with C 1 or 3; got {list(images.shape)}"
-        )
+        raise ValueError(f"images: expected [N, H, W] or [N, H, W, C] with C 1 or 3; got {list(images.shape)}")
 
 
 # Noise. x is float64 [n, H, W, C] in [0, 1] from here on; _on_unit_interval wraps what works on it.

@@ -118,9 +118,7 @@ def _load_digits() -> Images:
         place[labels == label] = (random.permutation(count) + 0.5) / count
     by_place = np.argsort(place, kind="stable")
     test, train = np.sort(by_place[:DIGITS_TEST]), np.sort(by_place[DIGITS_TEST:])
-    return _images(
-        "digits", images[train], labels[train], images[test], labels[test], classes=tuple("0123456789")
-    )
+    return _images("digits", images[train], labels[train], images[test], labels[test], classes=tuple("0123456789"))
 
 
 def _load_fashion_mnist(folder: Path | None, download: bool) -> Images:
@@ -141,9 +139,7 @@ def _load_fashion_mnist(folder: Path | None, download: bool) -> Images:
     train_images, train_labels, test_images, test_labels = (
         read_idx(path, dimensions=3 if "images" in name else 1) for name, path in found.items()
     )
-    return _images(
-        "fashion-mnist", train_images, train_labels, test_images, test_labels, classes=FASHION_CLASSES
-    )
+    return _images("fashion-mnist", train_images, train_labels, test_images, test_labels, classes=FASHION_CLASSES)
 
 
 def _images(name: str, *arrays: np.ndarray, classes: tuple[str, ...]) -> Images:
@@ -167,9 +163,7 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
             raise ValueError(f"{path}: expected a whole gzip file; got a damaged one ({error})") from error
     magic = bytes((0, 0, 8, dimensions))
     if content[:4] != magic:
-        raise ValueError(
-            f"{path}: expected an idx file that begins with {magic.hex()}; got {content[:4].hex()}"
-        )
+        raise ValueError(f"{path}: expected an idx file that begins with {magic.hex()}; got {content[:4].hex()}")
     start = 4 + 4 * dimensions
     shape = tuple(int.from_bytes(content[place : place + 4], "big") for place in range(4, start, 4))
     expected = start + int(np.prod(shape, dtype=object))
@@ -234,15 +228,12 @@ class Normalisation:
         if pixels.shape[1] != len(self.mean):
             raise ValueError(f"images: expected {len(self.mean)} channels; got {pixels.shape[1]}")
         mean, std = (
-            torch.tensor(v, dtype=torch.float32, device=images.device)[:, None, None]
-            for v in (self.mean, self.std)
+            torch.tensor(v, dtype=torch.float32, device=images.device)[:, None, None] for v in (self.mean, self.std)
         )
         return (pixels.float() / 255).sub_(mean).div_(std).contiguous()
 
 
 def _channels_last(images: torch.Tensor) -> torch.Tensor:
     if images.dtype != torch.uint8 or images.ndim not in (3, 4):
-        raise ValueError(
-            f"images: expected uint8 [N, H, W] or [N, H, W, C]; got {images.dtype} {list(images.shape)}"
-        )
+        raise ValueError(f"images: expected uint8 [N, H, W] or [N, H, W, C]; got {images.dtype} {list(images.shape)}")
     return images if images.ndim == 4 else images[..., None]

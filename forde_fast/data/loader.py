@@ -46,9 +46,7 @@ class Loader:
                 f"images: expected floating [N, C, H, W], not empty; got {images.dtype} {list(images.shape)}"
             )
         if labels.shape != images.shape[:1]:
-            raise ValueError(
-                f"labels: expected [{len(images)}], one label per image; got {list(labels.shape)}"
-            )
+            raise ValueError(f"labels: expected [{len(images)}], one label per image; got {list(labels.shape)}")
         if labels.device != images.device:
             raise ValueError(f"labels: expected on {images.device}, with the images; got {labels.device}")
         for name, value, least in (("batch_size", batch_size, 1), ("padding", padding, 0), ("seed", seed, 0)):
