@@ -42,7 +42,7 @@ def extension():
     kind = CppExtension
     if cuda_sources and torch_cuda and CUDA_HOME:
         kind, sources = CUDAExtension, sources + cuda_sources
-    flags = ["-O3", "-Wall", "-fvisibility=hidden"]
+    flags = ["-O3", "-Wall", "-fvisibility=hidden", "-fopenmp"]
     return {
         "ext_modules": [kind("forde_fast._C", sources, extra_compile_args={"cxx": flags, "nvcc": ["-O3"]})],
         "cmdclass": {"build_ext": OptionalBuild},

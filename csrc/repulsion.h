@@ -27,14 +27,17 @@ struct Kernels {
   // d[i,j] += sum_k (q_i - q_j)(s_i - s_j), [moving, repelling], only j > i where the particles repel each other;
   // growth[n] += sum_k (q_n - q_0)(s_n + s_0), that is s_n^T C s_n - s_0^T C s_0
   void (*pairs)(const Sample&, int64_t begin, int64_t end, double* d, double* growth);
-  // out[i][k] = (sum_j c[i,j] (q_i - q_j)[k] - t[i] s_i[k]) / norm_i, c [moving, repelling]
-  void (*combine)(const Sample&, int64_t begin, int64_t end, const double* c, const double* t, void* const* out);
+  // out[i][k] = (sum_j c[i,j] (q_i - q_j)[k] - t[i] s_i[k]) / norm_i, c [moving, repelling];
+  // past_caches: the results are too many to stay there
+  void (*combine)(const Sample&, int64_t begin, int64_t end, const double* c, const double* t, void* const* out,
+                  bool past_caches);
 };
 
-// The same kernels, compiled for two instruction sets.
+// The same kernels, compiled for several instruction sets.
 const Kernels& portable_kernels(Input input);
 #if defined(__x86_64__)
 const Kernels& avx2_kernels(Input input);
+const Kernels& avx512_kernels(Input input);
 #endif
 
 }  // namespace forde_fast

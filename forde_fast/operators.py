@@ -23,6 +23,11 @@ library.define(
     "combine(Tensor particles, Tensor? others, Tensor? product, Tensor norm, Tensor coefficients,"
     " Tensor projection) -> Tensor"
 )
+# Optional: the rule for the default bandwidth and the alignment it gives the gradient, for backends that fuse it.
+library.define(
+    "median_rule(Tensor distances, Tensor alignment, float log_count)"
+    " -> (Tensor value, Tensor coefficients, Tensor bandwidth, Tensor projection)"
+)
 library.define("attach_gradient(Tensor particles, Tensor value, Tensor gradient) -> Tensor")
 library.define("scale_gradient(Tensor particles, Tensor gradient, Tensor factor) -> Tensor")
 
@@ -49,6 +54,13 @@ def _(particles, others, product, normalize, eps):
 @torch.library.register_fake("forde_fast::combine")
 def _(particles, others, product, norm, coefficients, projection):
     return particles.new_empty(particles.shape)
+
+
+@torch.library.register_fake("forde_fast::median_rule")
+def _(distances, alignment, log_count):
+    moving, repelling, groups = distances.shape
+    sizes = ((), distances.shape, (repelling, groups), (moving, groups))
+    return tuple(distances.new_empty(size) for size in sizes)
 
 
 @torch.library.impl(library, "attach_gradient", "CompositeExplicitAutograd")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -27,7 +28,8 @@ class State(NamedTuple):
     others: Tensor | None  # [Mj, G, D]
     product: Tensor | None  # [N - 1, G, D], orthonormal contrasts of the normalised rows times C
     norm: Tensor  # [N, G]
-    alignment: Tensor | None  # [Mi, Mj, G], (s_i - s_j)^T C s_i; None: the particles are not normalised
+    alignment: Tensor  # [Mi, Mj, G], (s_i - s_j)^T C s_i
+    normalize: bool
     dtype: torch.dtype  # of the gradient
     operations: object
 
@@ -74,9 +76,15 @@ def repulsion(
         result = implementation.repulsion(particles, lengthscale, others, normalize, eps, bandwidth)
     else:
         d, state = _distances(implementation, particles, others, lengthscale, normalize, eps)
-        value, c, h = kernel_rule(d, bandwidth)
+        if name == "cpp" and isinstance(bandwidth, str | Median) and bandwidth in ("median", Median()):
+            value, c, h, projection = implementation.median_rule(d, state.alignment, Median().log_count(d))
+            _check_finite(particles, others, value)
+        else:
+            _check_finite(particles, others, d.sum())
+            value, c, h = kernel_rule(d, bandwidth)
+            projection = None
         wide = operators.accumulation_dtype(particles.dtype)
-        result = Repulsion(value.to(wide), _combine(state, c), h.to(wide), d.to(wide))
+        result = Repulsion(value.to(wide), _combine(state, c, projection), h.to(wide), d.to(wide))
     if torch.is_grad_enabled() and particles.requires_grad:
         value = torch.ops.forde_fast.attach_gradient(particles, result.value, result.gradient)
         result = result._replace(value=value)
@@ -97,6 +105,7 @@ def distances(particles, lengthscale=None, *, others=None, normalize=True, eps=1
         _check_finite(particles, others)
         return implementation.distances(particles, lengthscale, others, normalize, eps)
     d, state = _distances(implementation, particles, others, lengthscale, normalize, eps)
+    _check_finite(particles, others, d.sum())
     return d.to(operators.accumulation_dtype(particles.dtype)), state
 
 
@@ -123,20 +132,17 @@ def _distances(operations, particles, others, lengthscale, normalize, eps):
         contrasts = operations.contrasts(particles, others, normalize, eps)
         product = lengthscale.product(contrasts.flatten(0, 1)).view_as(contrasts)
     d, alignment, norm = operations.pair_distances(particles, others, product, normalize, eps)
-    if not (d.is_cuda or torch.compiler.is_compiling()):
-        # NaN and infinity show in these small tensors: the particles are read again only to say where
-        sound = bool(d.isfinite().all() and norm.isfinite().all())
-        if rows == 1 or not sound:
-            _check_finite(particles, others)
-        expect(sound, "particles", f"squared norms and distances within {d.dtype}", "an overflow")
-    return d, State(particles, others, product, norm, alignment if normalize else None, dtype, operations)
+    return d, State(particles, others, product, norm, alignment, normalize, dtype, operations)
 
 
 @torch.no_grad()
-def _combine(state: State, c: Tensor) -> Tensor:
-    particles, others, product, norm, alignment, dtype, operations = state
+def _combine(state: State, c: Tensor, projection: Tensor | None = None) -> Tensor:
+    particles, others, product, norm, alignment, normalize, dtype, operations = state
     c = c.to(norm.dtype)
-    projection = torch.zeros_like(c[:, 0]) if alignment is None else (c * alignment).sum(1)
+    if not normalize:
+        projection = torch.zeros_like(c[:, 0])
+    elif projection is None:
+        projection = (c * alignment).sum(1)
     return operations.combine(particles, others, product, norm, c, projection).to(dtype)
 
 
@@ -163,7 +169,15 @@ def _choose(backend: str, particles, others, lengthscale, eps):
     return backend, torch.ops.forde_fast
 
 
-def _check_finite(particles: Tensor, others: Tensor | None) -> None:
+def _check_finite(particles: Tensor, others: Tensor | None, outcome: Tensor | None = None) -> None:
+    """ValueError for NaN or infinity, told by `outcome`: the particles are read again only to say where."""
+    if particles.is_cuda or torch.compiler.is_compiling():
+        return
+    alone = len(particles) == 1 and others is None  # there is no pair that would show it
+    if outcome is not None and not alone and math.isfinite(outcome.item()):
+        return
     for tensor, name in ((particles, "particles"), (others, "others")):
-        if tensor is not None and not tensor.is_cuda:
+        if tensor is not None:
             validation.finite(tensor.detach(), name)
+    sound = outcome is None or math.isfinite(outcome.item())
+    expect(sound, "particles", "squared norms and distances within the range of their dtype", "an overflow")

@@ -45,7 +45,11 @@ class Median:
         dims = {"particle": (0,) if self.owner == "second" else (1,), "sample": (0, 1), "batch": (0, 1, 2)}
         h = median(d, dims[self.over])
         h = h.square() if self.squared else h
-        return h / math.log(max(d.shape[1], 2 - self.add_one) + self.add_one) + FLOOR
+        return h / self.log_count(d) + FLOOR
+
+    def log_count(self, d: Tensor) -> float:
+        """log M for d [Mi, Mj, G]."""
+        return math.log(max(d.shape[1], 2 - self.add_one) + self.add_one)
 
 
 def median(d: Tensor, dims: tuple[int, ...]) -> Tensor:

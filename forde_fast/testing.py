@@ -130,9 +130,10 @@ def _pooled(pool) -> float:
 def budget(plain: float, dtype: torch.dtype, rounded: bool = False) -> float:
     """2 plain + 8 eps, both of float32; a bfloat16 result has one rounding of its own.
 
-    In float64 the oracle has the error that it should judge, up to 1e-11 for pairs 1e-4 apart: 1e-10 is allowed.
+    In float64 the oracle has the error that it should judge, 1e-10 where pairs 1e-4 apart differ across the heaviest
+    directions: 1e-9 is allowed. (The published code's results are held to 1e-10.)
     """
     if dtype == torch.float64:
-        return 1e-10
+        return 1e-9
     own = torch.finfo(torch.bfloat16).eps / 2 if rounded and dtype == torch.bfloat16 else 0.0
     return 2 * plain + 8 * torch.finfo(torch.float32).eps + own

@@ -20,12 +20,16 @@ namespace {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-bool has_avx2() {
+// The widest instruction set of this machine that the kernels are compiled for.
+enum class Capability { kPortable, kAvx2, kAvx512 };
+
+Capability capability() {
 #if defined(__x86_64__)
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-#else
-  return false;
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
+    return Capability::kAvx512;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Capability::kAvx2;
 #endif
+  return Capability::kPortable;
 }
 
 const Kernels& kernels_for(at::ScalarType type) {
@@ -33,7 +37,9 @@ const Kernels& kernels_for(at::ScalarType type) {
                       : type == at::kBFloat16 ? Input::kBFloat16
                                               : Input::kFloat64;
 #if defined(__x86_64__)
-  if (has_avx2()) return avx2_kernels(input);
+  static const Capability here = capability();
+  if (here == Capability::kAvx512) return avx512_kernels(input);
+  if (here == Capability::kAvx2) return avx2_kernels(input);
 #endif
   return portable_kernels(input);
 }
@@ -99,9 +105,11 @@ struct Rows {
     return groups >= 4 * at::get_num_threads() ? 1 : std::max<int64_t>(1, std::min(wanted, columns / 4096));
   }
 
+  static constexpr int64_t kColumns = 512;  // a multiple of every kernel's tile
+
   template <class F>
   void each(int64_t splits, const F& f) const {  // f(g, split, begin, end)
-    const int64_t step = ((columns + splits - 1) / splits + 255) / 256 * 256;
+    const int64_t step = ((columns + splits - 1) / splits + kColumns - 1) / kColumns * kColumns;
     at::parallel_for(0, groups * splits, 1, [&](int64_t from, int64_t to) {
       for (int64_t item = from; item < to; ++item) {
         const int64_t g = item / splits, split = item % splits;
@@ -111,16 +119,19 @@ struct Rows {
   }
 };
 
-void to_norm(std::vector<double>& squares, double eps) {
-  for (double& x : squares) x = std::sqrt(x + eps);
+// Rounded to the type that `norm` is handed on in: `combine` must divide by the very same numbers, or what it projects
+// out is not what is there.
+void to_norm(std::vector<double>& squares, double eps, at::ScalarType type) {
+  for (double& x : squares) x = type == at::kDouble ? std::sqrt(x + eps) : double(float(std::sqrt(x + eps)));
 }
 
-// Norms [G][N] where the columns are split; where they are not, each item finds its own while its rows are in cache.
+// Norms of the rows of a sample: where columns are split, of all samples beforehand; where they are not, each item
+// finds its own just before it works on the same rows.
 struct Norms {
   const Rows& rows;
   const bool normalize;
   const double eps;
-  std::vector<std::vector<double>> known;
+  std::vector<std::vector<double>> known;  // [G][N]
 
   Norms(const Rows& rows, int64_t splits, bool normalize, double eps) : rows(rows), normalize(normalize), eps(eps) {
     if (splits == 1 || !normalize) return;
@@ -133,7 +144,7 @@ struct Norms {
     for (int64_t g = 0; g < rows.groups; ++g) {
       for (int64_t split = 0; split < splits; ++split)
         for (int64_t n = 0; n < rows.rows; ++n) known[g][n] += partial[(g * splits + split) * rows.rows + n];
-      to_norm(known[g], eps);
+      to_norm(known[g], eps, computing_type(rows.particles));
     }
   }
 
@@ -143,7 +154,7 @@ struct Norms {
     std::vector<double> own(rows.rows);
     Rows::Pointers pointers;
     rows.kernels.squares(rows.sample(g, nullptr, pointers), 0, rows.columns, own.data());
-    to_norm(own, eps);
+    to_norm(own, eps, computing_type(rows.particles));
     return own;
   }
 };
@@ -155,25 +166,25 @@ Tensor contrasts(const Tensor& particles, const OptionalTensor& others, bool nor
   const Norms norms(rows, splits, normalize, eps);
   rows.each(splits, [&](int64_t g, int64_t, int64_t begin, int64_t end) {
     Rows::Pointers pointers;
-    const auto own_norms = norms.of(g);
+    const auto norm = norms.of(g);
     std::vector<void*> out(rows.rows - 1);
     for (int64_t n = 0; n + 1 < rows.rows; ++n)
       out[n] = static_cast<char*>(z.mutable_data_ptr()) + (n * rows.groups + g) * bytes;
-    rows.kernels.contrasts(rows.sample(g, own_norms.data(), pointers), begin, end, out.data());
+    rows.kernels.contrasts(rows.sample(g, norm.data(), pointers), begin, end, out.data());
   });
   return z;
 }
 
-// Sums over the columns of sample g -> distances and alignment [Mi, Mj, G]. With C symmetric,
+// Sums over the columns of sample g, all NaN if a norm overflowed -> distances and alignment [Mi, Mj, G]. With C symmetric,
 // (q_i - q_j) s_i = (d_ij + s_i^T C s_i - s_j^T C s_j) / 2: one sum for each row rather than for each pair.
 template <class T>
-void store_pairs(const Rows& rows, int64_t g, const double* d, const double* growth, T* distances, T* alignment) {
+void store_pairs(const Rows& rows, int64_t g, const double* d, const double* growth, bool finite, T* distances, T* alignment) {
   const int64_t first = rows.others.defined() ? rows.moving : 0, repelling = rows.repelling();
   for (int64_t i = 0; i < rows.moving; ++i)
     for (int64_t j = 0; j < repelling; ++j) {
       const double distance = d[first == 0 && j < i ? j * repelling + i : i * repelling + j];
       const int64_t to = (i * repelling + j) * rows.groups + g;
-      distances[to] = T(distance < 0 ? 0 : distance);  // NaN stays NaN
+      distances[to] = T(!finite ? NAN : distance < 0 ? 0 : distance);  // NaN stays NaN
       alignment[to] = T((distance + growth[i] - growth[first + j]) / 2);
     }
 }
@@ -188,17 +199,20 @@ std::tuple<Tensor, Tensor, Tensor> pair_distances(const Tensor& particles, const
   const Norms norms(rows, splits, normalize, eps);
   std::vector<double> partial(splits == 1 ? 0 : rows.groups * splits * sums);
   AT_DISPATCH_FLOATING_TYPES(options.dtype().toScalarType(), "pair_distances", [&] {
+    auto* norm_data = norm.mutable_data_ptr<scalar_t>();
     const auto store = [&](int64_t g, const double* sum) {
-      store_pairs(rows, g, sum, sum + pairs, distances.mutable_data_ptr<scalar_t>(), alignment.mutable_data_ptr<scalar_t>());
+      bool finite = true;
+      for (int64_t n = 0; n < rows.rows; ++n) finite &= bool(std::isfinite(norm_data[n * rows.groups + g]));
+      store_pairs(rows, g, sum, sum + pairs, finite, distances.mutable_data_ptr<scalar_t>(), alignment.mutable_data_ptr<scalar_t>());
     };
     rows.each(splits, [&](int64_t g, int64_t split, int64_t begin, int64_t end) {
       Rows::Pointers pointers;
-      const auto own_norms = norms.of(g);
+      const auto own = norms.of(g);
       if (split == 0)
-        for (int64_t n = 0; n < rows.rows; ++n) norm.mutable_data_ptr<scalar_t>()[n * rows.groups + g] = scalar_t(own_norms[n]);
+        for (int64_t n = 0; n < rows.rows; ++n) norm_data[n * rows.groups + g] = scalar_t(own[n]);
       std::vector<double> whole(splits == 1 ? sums : 0);
       double* sum = splits == 1 ? whole.data() : &partial[(g * splits + split) * sums];
-      rows.kernels.pairs(rows.sample(g, own_norms.data(), pointers), begin, end, sum, sum + pairs);
+      rows.kernels.pairs(rows.sample(g, own.data(), pointers), begin, end, sum, sum + pairs);
       if (splits == 1) store(g, sum);
     });
     for (int64_t g = 0; splits > 1 && g < rows.groups; ++g) {
@@ -209,6 +223,8 @@ std::tuple<Tensor, Tensor, Tensor> pair_distances(const Tensor& particles, const
   });
   return {distances, alignment, norm};
 }
+
+constexpr int64_t kCached = 1 << 22;  // bytes of a result that may still be in a cache when it is read
 
 // x [R, G] -> [R] of sample g, in double
 std::vector<double> of_sample(const Tensor& x, int64_t g) {
@@ -233,13 +249,14 @@ Tensor combine(const Tensor& particles, const OptionalTensor& others, const Opti
   const Tensor c = coefficients.contiguous().view({-1, rows.groups});
   Tensor gradient = at::empty({rows.moving, rows.groups, rows.columns}, particles.options());
   const int64_t bytes = rows.columns * gradient.element_size();
+  const bool past_caches = int64_t(gradient.nbytes()) > kCached;
   rows.each(rows.splits(), [&](int64_t g, int64_t, int64_t begin, int64_t end) {
     Rows::Pointers pointers;
     const auto r = of_sample(norms, g), c_g = of_sample(c, g), t_g = of_sample(t, g);
     std::vector<void*> out(rows.moving);
     for (int64_t i = 0; i < rows.moving; ++i)
       out[i] = static_cast<char*>(gradient.mutable_data_ptr()) + (i * rows.groups + g) * bytes;
-    rows.kernels.combine(rows.sample(g, r.data(), pointers), begin, end, c_g.data(), t_g.data(), out.data());
+    rows.kernels.combine(rows.sample(g, r.data(), pointers), begin, end, c_g.data(), t_g.data(), out.data(), past_caches);
   });
   return gradient;
 }
@@ -256,5 +273,8 @@ TORCH_LIBRARY_IMPL(forde_fast, CPU, m) {
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "C++ implementations of forde_fast's operations; importing it registers them";
-  m.def("cpu_capability", [] { return forde_fast::has_avx2() ? "avx2" : "portable"; });
+  m.def("cpu_capability", [] {
+    const char* names[] = {"portable", "avx2", "avx512"};
+    return names[int(forde_fast::capability())];
+  });
 }

@@ -6,6 +6,10 @@
 #include <type_traits>
 #include <vector>
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 #include "../repulsion.h"
 
 #if defined(__x86_64__)
@@ -17,8 +21,11 @@
 
 namespace forde_fast {
 namespace {
+constexpr int64_t kBytes = 32;
+inline void store_past_caches(const void* v, void* to) { _mm256_stream_ps(static_cast<float*>(to), *static_cast<const __m256*>(v)); }
+inline void finish_stores() { _mm_sfence(); }
 #include "repulsion_kernels.h"
-}
+}  // namespace
 
 const Kernels& avx2_kernels(Input input) { return kernels_for(input); }
 

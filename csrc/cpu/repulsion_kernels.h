@@ -1,17 +1,18 @@
-// The kernels of repulsion.h, written once with the compiler's vectors of 32 bytes. Each file that includes this
-// one chooses an instruction set and a namespace for it.
+// The kernels of repulsion.h, written once with the compiler's own vectors. Each file that includes this one
+// chooses an instruction set and a width for them.
 //
 // A tile of kTile columns of every row is brought to the computing type in scratch memory that stays in the first
 // levels of cache; padding columns are zero and add nothing to any sum. Sums run in vectors over a tile and in
 // double over tiles, so their error does not grow with D.
 
+// kBytes, the width of a vector, is defined by the file that includes this one.
 template <class T>
-using Vector __attribute__((vector_size(32))) = T;
+using Vector __attribute__((vector_size(kBytes))) = T;
 template <class T>
-using Unaligned __attribute__((vector_size(32), aligned(alignof(T)))) = T;
+using Unaligned __attribute__((vector_size(kBytes), aligned(alignof(T)))) = T;
 
-constexpr int64_t kTile = 256;          // columns that are worked on at a time
-constexpr int64_t kRun = 16 * kTile;    // columns whose sums stay in vectors of the computing type
+constexpr int64_t kTile = 8 * kBytes;  // columns that are worked on at a time
+constexpr int64_t kRun = 4096;         // columns whose sums stay in vectors of the computing type; whole tiles
 
 struct bfloat16 {
   uint16_t bits;
@@ -38,7 +39,7 @@ template <class In>
 using Acc = decltype(widen(In{}));
 
 template <class T>
-constexpr int64_t kWidth = 32 / sizeof(T);
+constexpr int64_t kWidth = kBytes / sizeof(T);
 
 template <class T>
 inline double sum(Vector<T> v) {
@@ -73,6 +74,21 @@ inline void fill(const In* values, double norm, int64_t count, Acc<In>* __restri
   for (int64_t k = count; k < kTile; ++k) tile[k] = 0;
 }
 
+// A row of a large result goes past the caches: nothing reads it soon, and its lines need not be fetched first.
+template <class T>
+inline void store(Vector<T> v, Unaligned<T>* to, bool past_caches) {
+  if (past_caches)
+    store_past_caches(&v, to);
+  else
+    *to = v;
+}
+
+// Asks for the next tile of a row while this one is worked on: the hardware loses its track at every change of row.
+template <class T>
+inline void prefetch_tile(const T* values) {
+  for (int64_t k = 0; k < kTile; k += 64 / sizeof(T)) __builtin_prefetch(values + k, 0, 2);
+}
+
 template <class In>
 struct Tiles {
   using T = Acc<In>;
@@ -99,9 +115,11 @@ struct Tiles {
   }
 
   void load_s(int64_t begin, int64_t count) {
-    for (int64_t n = 0; n < sample.rows; ++n)
+    for (int64_t n = 0; n < sample.rows; ++n) {
+      prefetch_tile(static_cast<const In*>(sample.values[n]) + begin + kTile);
       fill(static_cast<const In*>(sample.values[n]) + begin, sample.norm[n], count,
            reinterpret_cast<T*>(s_row(n)));
+    }
   }
 
   // The contrasts' product gives q_n for n > 0; q_0 = sum_n q_n / (sqrt(N) - 1) has the same shared vector taken away.
@@ -111,6 +129,7 @@ struct Tiles {
     for (int64_t n = 1; n < sample.rows; ++n) {
       T* row = reinterpret_cast<T*>(q_row(n));
       const T* product = static_cast<const T*>(sample.product[n - 1]) + begin;
+      prefetch_tile(product + kTile);
       std::copy(product, product + count, row);
       std::fill(row + count, row + kTile, T(0));
       for (int64_t k = 0; k < kTile; ++k) first[k] += row[k];
@@ -189,14 +208,16 @@ inline void pair_tile(const Tiles<In>& tiles, int64_t i, int64_t j, Vector<Acc<I
     for (int64_t p = 0; p < kPairs; ++p) total[p] += sums[u][p];
 }
 
-// total += (q_n - q_0) (s_n + s_0) over one tile: the growth of s^T C s from row 0 to row n.
+// total += (q_n - q_0) (s_n + s_0) over one tile: the growth of s^T C s from row 0 to row n. It is 0 without a product but
+// for rounding, and that is wanted: the projection then removes what the rounding of the norms put along the rows.
 template <class In>
 inline void growth_tile(const Tiles<In>& tiles, int64_t n, Vector<Acc<In>>* total) {
   using V = Vector<Acc<In>>;
   const V *s_n = tiles.s_row(n), *q_n = tiles.q_row(n), *s_0 = tiles.s_row(0), *q_0 = tiles.q_row(0);
-  V sums = {};
-  for (int64_t v = 0; v < Tiles<In>::kVectors; ++v) sums += (q_n[v] - q_0[v]) * (s_n[v] + s_0[v]);
-  *total += sums;
+  V sums[4] = {};
+  for (int64_t v = 0; v < Tiles<In>::kVectors; v += 4)
+    for (int64_t u = 0; u < 4; ++u) sums[u] += (q_n[v + u] - q_0[v + u]) * (s_n[v + u] + s_0[v + u]);
+  *total += (sums[0] + sums[1]) + (sums[2] + sums[3]);
 }
 
 template <class In>
@@ -227,22 +248,29 @@ void pairs(const Sample& sample, int64_t begin, int64_t end, double* d, double* 
 // out = (sum_j c_j (q_i - q_j) - t s_i) / norm over one tile; c [repelling]
 template <class In>
 inline void mix_tile(const Tiles<In>& tiles, int64_t i, int64_t first, int64_t repelling, const Acc<In>* c,
-                     Acc<In> t, Acc<In> reciprocal, Unaligned<Acc<In>>* out) {
+                     Acc<In> t, Acc<In> reciprocal, Unaligned<Acc<In>>* out, bool past_caches) {
   using V = Vector<Acc<In>>;
-  constexpr int64_t kVectors = Tiles<In>::kVectors, kUnroll = 4;  // so many share the load of a coefficient
+  constexpr int64_t kVectors = Tiles<In>::kVectors, kUnroll = kBytes == 64 ? 8 : 4;  // they share a coefficient
   const V *q_i = tiles.q_row(i), *s_i = tiles.s_row(i);
   for (int64_t v = 0; v < kVectors; v += kUnroll) {
-    V total[kUnroll] = {}, own[kUnroll];
+    V even[kUnroll] = {}, odd[kUnroll] = {}, own[kUnroll];  // two chains of multiply-adds, to hide their latency
     for (int64_t u = 0; u < kUnroll; ++u) own[u] = q_i[v + u];
     const V* q_j = tiles.q_row(first) + v;
-    for (int64_t j = 0; j < repelling; ++j, q_j += kVectors)
-      for (int64_t u = 0; u < kUnroll; ++u) total[u] += c[j] * (own[u] - q_j[u]);
-    for (int64_t u = 0; u < kUnroll; ++u) out[v + u] = (total[u] - t * s_i[v + u]) * reciprocal;
+    int64_t j = 0;
+    for (; j + 2 <= repelling; j += 2, q_j += 2 * kVectors)
+      for (int64_t u = 0; u < kUnroll; ++u) {
+        even[u] += c[j] * (own[u] - q_j[u]);
+        odd[u] += c[j + 1] * (own[u] - q_j[kVectors + u]);
+      }
+    if (j < repelling)
+      for (int64_t u = 0; u < kUnroll; ++u) even[u] += c[j] * (own[u] - q_j[u]);
+    for (int64_t u = 0; u < kUnroll; ++u) store<Acc<In>>((even[u] + odd[u] - t * s_i[v + u]) * reciprocal, out + v + u, past_caches);
   }
 }
 
 template <class In>
-void combine(const Sample& sample, int64_t begin, int64_t end, const double* c, const double* t, void* const* out) {
+void combine(const Sample& sample, int64_t begin, int64_t end, const double* c, const double* t, void* const* out,
+             bool past_caches) {
   using T = Acc<In>;
   const bool among = sample.moving == sample.rows;
   const int64_t first = among ? 0 : sample.moving, repelling = sample.rows - first;
@@ -257,12 +285,14 @@ void combine(const Sample& sample, int64_t begin, int64_t end, const double* c, 
       In* row = static_cast<In*>(out[i]) + at;
       const bool direct = std::is_same_v<In, T> && count == kTile;
       auto* to = reinterpret_cast<Unaligned<T>*>(direct ? static_cast<void*>(row) : mixed);
-      mix_tile<In>(tiles, i, first, repelling, coefficients + i * repelling, T(t[i]), T(1 / sample.norm[i]), to);
+      const bool past = past_caches && direct && reinterpret_cast<uintptr_t>(row) % kBytes == 0;
+      mix_tile<In>(tiles, i, first, repelling, coefficients + i * repelling, T(t[i]), T(1 / sample.norm[i]), to, past);
       if (direct) continue;
       const T* from = reinterpret_cast<const T*>(mixed);
       for (int64_t k = 0; k < count; ++k) narrow(from[k], row + k);
     }
   }
+  if (past_caches) finish_stores();
 }
 
 template <class In>

@@ -1,0 +1,37 @@
+// The standard headers come before the pragma: their inline functions are shared with files compiled without AVX-512.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <vector>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "../repulsion.h"
+
+#if defined(__x86_64__)
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512vl,avx512dq,avx512bw,fma"))), apply_to = function)
+#else
+#pragma GCC target("avx512f,avx512vl,avx512dq,avx512bw,fma,prefer-vector-width=512")
+#endif
+
+namespace forde_fast {
+namespace {
+constexpr int64_t kBytes = 64;
+inline void store_past_caches(const void* v, void* to) { _mm512_stream_ps(static_cast<float*>(to), *static_cast<const __m512*>(v)); }
+inline void finish_stores() { _mm_sfence(); }
+#include "repulsion_kernels.h"
+}  // namespace
+
+const Kernels& avx512_kernels(Input input) { return kernels_for(input); }
+
+}  // namespace forde_fast
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif
