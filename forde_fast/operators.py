@@ -13,7 +13,8 @@ from torch import Tensor
 library = torch.library.Library("forde_fast", "DEF")
 
 # N rows: the particles', then the others' where these are given. Results but the gradient are in float32
-# (float64 for float64); norm [N, G] is sqrt(|p|^2 + eps), or 1; alignment is (q_i - q_j) s_i.
+# (float64 for float64); alignment is (q_i - q_j) s_i. What pair_distances returns as norm [N, G] goes to combine
+# unchanged: sqrt(|p|^2 + eps) from the C++ kernels, its reciprocal from the Triton ones.
 library.define("contrasts(Tensor particles, Tensor? others, bool normalize, float eps) -> Tensor")
 library.define(
     "pair_distances(Tensor particles, Tensor? others, Tensor? product, bool normalize, float eps)"

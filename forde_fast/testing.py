@@ -7,6 +7,7 @@ rounding errors of one draw is luck.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -69,6 +70,7 @@ def make_particles(case: str, shape: Shape, seed: int, dtype: torch.dtype = torc
     return CASES[case](shape, torch.Generator().manual_seed(seed)).to(dtype)
 
 
+@functools.lru_cache(maxsize=8)
 def make_pca(dimension: int, rank: int | None = None, tail: float = 0.0, seed: int = 0) -> PCA:
     """A random orthonormal basis with eigenvalues from 100 down to 0.01, as images have; its first `rank` columns."""
     generator = torch.Generator().manual_seed(seed)

@@ -1,10 +1,15 @@
-"""The kernels that hold all N rows of one sample as a tile [rows, columns]: norms, contrasts, combine.
+"""Rows of one sample in registers: tuples of tensors [LANES, V], V columns in each thread.
 
-Rows are the particles, then the others if there are any. Offsets grow from 64-bit row and sample numbers, since
-M G D may pass 2^31. The launchers switch multiply-add contraction off: fma(r, p, -s') would see the unrounded
-product on one side only, equal rows would differ by a rounding, and a coefficient of 1e12 would show it. Where
-a fused multiply-add is welcome it is written out.
+Tuples may have any length, where a tensor's sides are powers of two; the columns of all rows lie in the same
+threads, so nothing passes between threads. Offsets grow from 64-bit row and sample numbers: M G D may pass 2^31.
+
+The launchers switch multiply-add contraction off: fma(r, p, -s') would see the unrounded product on one side
+only, equal rows would differ by a rounding, and a coefficient of 1e12 would show it. Where a fused multiply-add
+is welcome it is written out.
+
+Loops have a constant number of STEPS: Triton 3.6 interprets no other kind beside NumPy 2.4.
 """
+# ruff: noqa: RUF005 (Triton does not know (*a, b))
 
 import triton
 import triton.language as tl
@@ -20,141 +25,101 @@ def _inverse_root(x):
 
 
 @triton.jit
-def _load_rows(
-    particles, others, particles_m, others_m, n, d, D, MI: tl.constexpr, N: tl.constexpr, ACC: tl.constexpr
-):
-    """Rows n [R, 1], columns d [1, C] of one sample -> [R, C], 0 outside."""
-    inside = d < D
-    rows = tl.load(particles + n * particles_m + d, mask=(n < MI) & inside, other=0.0).to(ACC)
-    if N > MI:
-        more = tl.load(others + (n - MI) * others_m + d, mask=(n >= MI) & (n < N) & inside, other=0.0).to(ACC)
-        rows = tl.where(n < MI, rows, more)
+def _columns(LANES: tl.constexpr, V: tl.constexpr):
+    return tl.arange(0, LANES)[:, None] * V + tl.arange(0, V)[None, :]
+
+
+@triton.jit
+def _zeros(like, COUNT: tl.constexpr):
+    zeros = ()
+    for _ in tl.static_range(COUNT):
+        zeros = zeros + (tl.zeros_like(like),)
+    return zeros
+
+
+@triton.jit
+def _load_row(pointer, d, D, ACC: tl.constexpr):
+    return tl.load(pointer + d, mask=d < D, other=0.0).to(ACC)
+
+
+@triton.jit
+def _load_rows(base, stride, first, limit, d, D, COUNT: tl.constexpr, ACC: tl.constexpr):
+    """COUNT rows from the first on; the last before the limit stands in for those beyond it."""
+    rows = ()
+    for k in tl.static_range(COUNT):
+        rows = rows + (_load_row(base + tl.minimum(first + k, limit - 1) * stride, d, D, ACC),)
     return rows
 
 
 @triton.jit
-def _square_norms(
-    particles, others, particles_m, others_m, n, lo, hi, D,
-    MI: tl.constexpr, N: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
+def _load_products(
+    product, product_sum, stride, first, limit, d, D, KAPPA: tl.constexpr, COUNT: tl.constexpr, ACC: tl.constexpr
 ):
-    """Sums of squares over columns lo to hi -> [R]."""
-    total = tl.zeros([n.shape[0], BLOCK_D], ACC)
-    for start in range(lo, hi, BLOCK_D):
-        d = start + tl.arange(0, BLOCK_D)[None, :]
-        rows = _load_rows(particles, others, particles_m, others_m, n, d, D, MI, N, ACC)
-        total = tl.fma(rows, rows, total)
-    return tl.sum(total, 1)
+    """The same for q: its row n is the product's row n - 1, its row 0 KAPPA times the product's sum."""
+    head = tl.where(first > 0, product + (first - 1) * stride, product_sum)
+    factor = tl.where(first > 0, tl.full((), 1.0, ACC), tl.full((), KAPPA, ACC))
+    rows = _load_rows(product, stride, first, limit - 1, d, D, COUNT - 1, ACC)
+    return (_load_row(head, d, D, ACC) * factor,) + rows
 
 
 @triton.jit
-def _norms_kernel(
-    particles,  # [MI, G, D]
-    others,  # [MJ, G, D]
-    norms,  # [splits, N, G]: partial sums of squares, or 1 / norm where one program sees all of D
-    D, G, splits, chunk, particles_m, particles_g, others_m, others_g,
-    MI: tl.constexpr, N: tl.constexpr, EPS: tl.constexpr, WHOLE: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
-):
-    pid = tl.program_id(0).to(tl.int64)
-    g, split = pid // splits, pid % splits
-    lo = split.to(tl.int32) * chunk
-    n = tl.arange(0, BLOCK_N).to(tl.int64)
-    squares = _square_norms(
-        particles + g * particles_g, others + g * others_g, particles_m, others_m, n[:, None],
-        lo, tl.minimum(lo + chunk, D), D, MI, N, BLOCK_D, ACC,
-    )
-    if WHOLE:
-        squares = _inverse_root(squares + EPS)
-    tl.store(norms + (split * N + n) * G + g, squares, mask=n < N)
+def _with_row_0(products, KAPPA: tl.constexpr, COUNT: tl.constexpr):
+    """All COUNT + 1 rows of q from all COUNT of the product."""
+    total = products[0]
+    for k in tl.static_range(1, COUNT):
+        total += products[k]
+    return (total * KAPPA,) + products
 
 
 @triton.jit
-def _contrasts_kernel(
-    particles,  # [MI, G, D]
-    others,  # [MJ, G, D]
-    inverse_norm,  # [N, G], read when NORM is "given"
-    contrasts,  # [N - 1, G, D]
-    D, G, splits, chunk, particles_m, particles_g, others_m, others_g,
-    MI: tl.constexpr, N: tl.constexpr, EPS: tl.constexpr, WEIGHT: tl.constexpr, NORM: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
-):
-    pid = tl.program_id(0).to(tl.int64)
-    g = pid // splits
-    lo = (pid % splits).to(tl.int32) * chunk
-    hi = tl.minimum(lo + chunk, D)
-    particles += g * particles_g
-    others += g * others_g
-    n = tl.arange(0, BLOCK_N).to(tl.int64)
-    if NORM == "own":
-        squares = _square_norms(
-            particles, others, particles_m, others_m, n[:, None], lo, hi, D, MI, N, BLOCK_D, ACC
-        )
-        r = _inverse_root(squares + EPS)
-    elif NORM == "given":
-        r = tl.load(inverse_norm + n * G + g, mask=n < N, other=0.0)
+def _load_scalars(base, stride, first, limit, COUNT: tl.constexpr):
+    scalars = ()
+    for k in tl.static_range(COUNT):
+        scalars = scalars + (tl.load(base + tl.minimum(first + k, limit - 1) * stride),)
+    return scalars
+
+
+@triton.jit
+def _own_norms(
+    base, stride, first, D, STEPS: tl.constexpr, COUNT: tl.constexpr, EPS: tl.constexpr,
+    LANES: tl.constexpr, V: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """1 / norm of COUNT whole rows -> COUNT scalars."""
+    squares = _zeros(tl.zeros([LANES, V], ACC), COUNT)
+    for step in range(STEPS):
+        d = step * (LANES * V) + _columns(LANES, V)
+        rows = _load_rows(base, stride, first, first + COUNT, d, D, COUNT, ACC)
+        new = ()
+        for k in tl.static_range(COUNT):
+            new = new + (tl.fma(rows[k], rows[k], squares[k]),)
+        squares = new
+    r = ()
+    for k in tl.static_range(COUNT):
+        r = r + (_inverse_root(tl.sum(tl.sum(squares[k], 1), 0) + EPS),)
+    return r
+
+
+@triton.jit
+def _scale(rows, r, COUNT: tl.constexpr):
+    scaled = ()
+    for k in tl.static_range(COUNT):
+        scaled = scaled + (rows[k] * r[k],)
+    return scaled
+
+
+@triton.jit
+def _split(rows, COUNT: tl.constexpr, V: tl.constexpr):
+    """COUNT tensors [LANES, V] -> V tuples of COUNT tensors [LANES]."""
+    if V == 1:
+        flat = ()
+        for k in tl.static_range(COUNT):
+            flat = flat + (tl.reshape(rows[k], [rows[k].shape[0]]),)
+        return (flat,)
     else:
-        r = tl.full([BLOCK_N], 1.0, ACC)
-    r_0 = tl.sum(tl.where(n == 0, r, 0.0), 0)
-    n = n[:, None]
-    for start in range(lo, hi, BLOCK_D):
-        d = start + tl.arange(0, BLOCK_D)[None, :]
-        s = _load_rows(particles, others, particles_m, others_m, n, d, D, MI, N, ACC) * r[:, None]
-        s_0 = tl.load(particles + d, mask=d < D, other=0.0).to(ACC) * r_0
-        # u = s_0 + sum (s_n - s_0) / (N - sqrt N): what the members share cancels before it is rounded again
-        difference = tl.where(n < N, s - s_0, 0.0)
-        z = difference - tl.sum(difference, 0)[None, :] * WEIGHT
-        tl.store(contrasts + ((n - 1) * G + g) * D + d, z, mask=(n > 0) & (n < N) & (d < D))
-
-
-@triton.jit
-def _combine_kernel(
-    particles,  # [MI, G, D]
-    others,  # [MJ, G, D]; the particles when SAME
-    product,  # [N - 1, G, D], read when HAS_PRODUCT
-    inverse_norm,  # [N, G]
-    coefficients,  # [MI, MJ, G]
-    projection,  # [MI, G]
-    gradient,  # [MI, G, D]
-    D, G, tiles, particles_m, particles_g, others_m, others_g, product_m, product_g,
-    MI: tl.constexpr, MJ: tl.constexpr, SAME: tl.constexpr, HAS_PRODUCT: tl.constexpr, KAPPA: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
-):
-    pid = tl.program_id(0).to(tl.int64)
-    g = pid // tiles
-    columns = (pid % tiles).to(tl.int32) * BLOCK_D + tl.arange(0, BLOCK_D)
-    particles += g * particles_g
-    others += g * others_g
-    product += g * product_g
-    rows = tl.arange(0, BLOCK_N).to(tl.int64)
-    i, d = rows[:, None], columns[None, :]
-    inside = (i < MI) & (d < D)
-    r = tl.load(inverse_norm + rows * G + g, mask=rows < MI, other=0.0)[:, None]
-    total = tl.zeros([BLOCK_N, BLOCK_D], ACC)
-    c = coefficients + rows * MJ * G + g
-    if HAS_PRODUCT:
-        q = tl.load(product + (i - 1) * product_m + d, mask=inside & (i > 0), other=0.0).to(ACC)
-        q_0 = tl.sum(q, 0)
-        if not SAME:
-            for j in range(MJ):
-                row = (tl.zeros([1], tl.int64) + (MI - 1 + j)) * product_m
-                q_0 += tl.load(product + row + columns, mask=columns < D, other=0.0).to(ACC)
-        q_0 *= KAPPA
-        q = tl.where(i == 0, q_0[None, :], q)
-        if SAME:
-            total = (q - q_0[None, :]) * tl.load(c, mask=rows < MI, other=0.0)[:, None]
-    else:
-        q = tl.load(particles + i * particles_m + d, mask=inside, other=0.0).to(ACC) * r
-    for j in range(1 if SAME and HAS_PRODUCT else 0, MJ):
-        # one row at a time, out of L1: every program has just read it, or its neighbour has
-        j_64 = tl.zeros([1], tl.int64) + j
-        if HAS_PRODUCT:
-            row = product + (j_64 - 1 + (0 if SAME else MI)) * product_m + columns
-            q_j = tl.load(row, mask=columns < D, other=0.0).to(ACC)
-        else:
-            r_j = tl.load(inverse_norm + (j + (0 if SAME else MI)) * G + g)
-            q_j = tl.load(others + j_64 * others_m + columns, mask=columns < D, other=0.0).to(ACC) * r_j
-        c_j = tl.load(c + j * G, mask=rows < MI, other=0.0)
-        total = tl.fma(tl.broadcast_to(c_j[:, None], total.shape), q - q_j[None, :], total)
-    t = tl.load(projection + rows * G + g, mask=rows < MI, other=0.0)[:, None]
-    s = tl.load(particles + i * particles_m + d, mask=inside, other=0.0).to(ACC) * r
-    tl.store(gradient + (i * G + g) * D + d, (total - t * s) * r, mask=inside)
+        even = ()
+        odd = ()
+        for k in tl.static_range(COUNT):
+            a, b = tl.split(tl.reshape(rows[k], [rows[k].shape[0], V // 2, 2]))
+            even = even + (a,)
+            odd = odd + (b,)
+        return _split(even, COUNT, V // 2) + _split(odd, COUNT, V // 2)

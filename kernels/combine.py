@@ -1,0 +1,114 @@
+"""The gradient's rows: a program holds the rows of q of one sample on a few columns and mixes their differences."""
+# ruff: noqa: RUF005 (Triton does not know (*a, b))
+
+import triton
+import triton.language as tl
+
+from .rows import (
+    _columns,
+    _load_products,
+    _load_row,
+    _load_rows,
+    _load_scalars,
+    _scale,
+    _with_row_0,
+    _zeros,
+)
+
+
+@triton.jit
+def _store_row(gradient, particles, r, projection, total, d, D, ACC: tl.constexpr):
+    s = _load_row(particles, d, D, ACC) * r
+    tl.store(gradient + d, (total - projection * s) * r, mask=d < D)
+
+
+@triton.jit
+def _add_row(total, c, q, q_j, COUNT: tl.constexpr):
+    new = ()
+    for k in tl.static_range(COUNT):
+        new = new + (tl.fma(tl.broadcast_to(c[k], q_j.shape), q[k] - q_j, total[k]),)
+    return new
+
+
+@triton.jit
+def _combine_kernel(
+    particles,  # [M, G, D]
+    product,  # [M - 1, G, D], read when HAS_PRODUCT
+    inverse_norm,  # [M, G]
+    coefficients,  # [M, M, G]
+    projection,  # [M, G]
+    gradient,  # [M, G, D]
+    D, G, tiles, particles_m, particles_g, product_m, product_g,
+    M: tl.constexpr, HAS_PRODUCT: tl.constexpr, KAPPA: tl.constexpr, LANES: tl.constexpr, V: tl.constexpr,
+    ACC: tl.constexpr,
+):  # fmt: skip
+    """A few rows: all of them stay in registers."""
+    pid = tl.program_id(0).to(tl.int64)
+    g = pid // tiles
+    d = (pid % tiles).to(tl.int32) * (LANES * V) + _columns(LANES, V)
+    particles += g * particles_g
+    first = g * 0  # 64 bits wide
+    if HAS_PRODUCT:
+        q = _with_row_0(_load_rows(product + g * product_g, product_m, first, M, d, D, M - 1, ACC), KAPPA, M - 1)
+    else:
+        r = _load_scalars(inverse_norm + g, G, first, M, M)
+        q = _scale(_load_rows(particles, particles_m, first, M, d, D, M, ACC), r, M)
+    for i in tl.static_range(M):
+        total = tl.zeros([LANES, V], ACC)
+        for j in tl.static_range(M):
+            if j != i:
+                c = tl.load(coefficients + (first + (i * M + j)) * G + g)
+                total = tl.fma(tl.broadcast_to(c, total.shape), q[i] - q[j], total)
+        row = (first + i) * G + g
+        r_i = tl.load(inverse_norm + row)
+        t = tl.load(projection + row)
+        _store_row(gradient + row * D, particles + (first + i) * particles_m, r_i, t, total, d, D, ACC)
+
+
+@triton.jit
+def _combine_blocks_kernel(
+    particles,  # [MI, G, D]
+    others,  # [MJ, G, D]; the particles when SAME
+    product,  # [N - 1, G, D], read when HAS_PRODUCT
+    product_sum,  # [G, D]: its sum over rows
+    inverse_norm,  # [N, G]
+    coefficients,  # [MI, MJ, G]
+    projection,  # [MI, G]
+    gradient,  # [MI, G, D]
+    D, G, tiles, particles_m, particles_g, others_m, others_g, product_m, product_g,
+    MI: tl.constexpr, MJ: tl.constexpr, SAME: tl.constexpr, HAS_PRODUCT: tl.constexpr, KAPPA: tl.constexpr,
+    BLOCK_I: tl.constexpr, LANES: tl.constexpr, V: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Any number of rows: a program has BLOCK_I of them and takes the rows j one after another."""
+    BLOCKS: tl.constexpr = (MI + BLOCK_I - 1) // BLOCK_I
+    SKIP: tl.constexpr = 0 if SAME else MI  # rows of q and of the norms before those of j
+    pid = tl.program_id(0).to(tl.int64)
+    i, tile, g = pid % BLOCKS * BLOCK_I, pid // BLOCKS % tiles, pid // BLOCKS // tiles
+    d = tile.to(tl.int32) * (LANES * V) + _columns(LANES, V)
+    particles += g * particles_g
+    others += g * others_g
+    product += g * product_g
+    product_sum += g * D
+    r = _load_scalars(inverse_norm + g, G, i, MI, BLOCK_I)
+    if HAS_PRODUCT:
+        q = _load_products(product, product_sum, product_m, i, MI, d, D, KAPPA, BLOCK_I, ACC)
+    else:
+        q = _scale(_load_rows(particles, particles_m, i, MI, d, D, BLOCK_I, ACC), r, BLOCK_I)
+    total = _zeros(q[0], BLOCK_I)
+    coefficients += g
+    if SAME and HAS_PRODUCT:  # q_0 is not among the product's rows
+        c = _load_scalars(coefficients, MJ * G, i, MI, BLOCK_I)
+        total = _add_row(total, c, q, _load_row(product_sum, d, D, ACC) * KAPPA, BLOCK_I)
+    for step in range(1 if SAME and HAS_PRODUCT else 0, MJ):
+        j = g * 0 + step
+        if HAS_PRODUCT:
+            q_j = _load_row(product + (SKIP + j - 1) * product_m, d, D, ACC)
+        else:
+            q_j = _load_row(others + j * others_m, d, D, ACC) * tl.load(inverse_norm + (SKIP + j) * G + g)
+        c = _load_scalars(coefficients + j * G, MJ * G, i, MI, BLOCK_I)
+        total = _add_row(total, c, q, q_j, BLOCK_I)
+    t = _load_scalars(projection + g, G, i, MI, BLOCK_I)
+    for k in tl.static_range(BLOCK_I):
+        columns = tl.where(i + k < MI, D, 0)
+        row = gradient + ((i + k) * G + g) * D
+        _store_row(row, particles + (i + k) * particles_m, r[k], t[k], total[k], d, columns, ACC)

@@ -1,0 +1,267 @@
+"""The repulsion operation's three steps in Triton: contrasts, pair_distances, combine.
+
+Rows s_n = p_n / sqrt(|p_n|^2 + eps) are the particles' [Mi, G, D], then the others' [Mj, G, D]: N rows, G samples,
+D columns. Callers have validated shapes and types. All results are deterministic: where D is split over programs,
+their partial sums go to a small buffer.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from .combine import _combine_blocks_kernel, _combine_kernel
+from .contrasts import _contrasts_blocks_kernel, _contrasts_kernel, _norms_kernel
+from .pairs import _pair_blocks_kernel, _pair_distances_kernel
+from .splits import _add_splits_kernel
+
+# Rows that a program of contrasts or combine keeps at once, and the rows of its blocks where there are more: four
+# programs of four warps fit a multiprocessor, also where the rows of a block have their sums beside them.
+ROWS_AT_ONCE, CONTRASTS_BLOCK, COMBINE_BLOCK = 16, 8, 8
+
+# Four programs for each multiprocessor of the largest chips. D is split over programs where there are few samples
+# and a program alone with its sample would take longer than the launches that it saves.
+PROGRAMS = 528
+FEW_SAMPLES, MANY_COLUMNS = 128, 8192
+
+
+def _vectors(V, D, warps):
+    """LANES threads with V neighbouring columns each: no more than D needs, single ones where rows are unaligned."""
+    V = V if D % V == 0 else 1
+    warps = min(warps, triton.next_power_of_2(triton.cdiv(D, 32 * V)))
+    return {"LANES": 32 * warps, "V": V, "num_warps": warps}
+
+
+def _even_blocks(rows, most):
+    """The rows of each block when there are as few blocks as possible."""
+    return triton.cdiv(rows, triton.cdiv(rows, most))
+
+
+def _most_rows_at_once(acc):
+    """All pairs in one program: M (M - 1) of a thread's 255 registers for the sums, twice that in float64."""
+    return 12 if acc == torch.float32 else 7
+
+
+def _pairs_tile(M, D, acc):
+    """The fewer sums a thread has, the more columns of its rows fit beside them: V = 4 to M = 9, 2 to M = 11."""
+    V = (4 if M <= 9 else 2 if M <= 11 else 1) if acc == torch.float32 else 1
+    return _vectors(V, D, 8)
+
+
+def _blocks_tile(MI, MJ, D, acc):
+    """Blocks of up to 8 by 8 pairs, 128 sums; 4 by 4 in float64. There are many blocks, so each has few threads: the
+    final sum over threads costs a thread as much as dozens of columns."""
+    most = 8 if acc == torch.float32 else 4
+    blocks = {"BLOCK_I": _even_blocks(MI, most), "BLOCK_J": _even_blocks(MJ, most)}
+    V = 2 if acc == torch.float32 and blocks["BLOCK_I"] * blocks["BLOCK_J"] <= 40 else 1
+    return blocks | _vectors(V, D, 2)
+
+
+def _rows_tile(D, acc, warps=4):
+    """16 bytes of each row in a thread: a row or a block of them is on its way at once."""
+    return _vectors(4 if acc == torch.float32 else 2, D, warps)
+
+
+def _splits(G, D, block, programs=1):
+    """(programs along D, steps of `block` columns in each), where a sample has `programs` of them already."""
+    wanted = 1
+    if G * programs < FEW_SAMPLES and D > MANY_COLUMNS:
+        wanted = min(triton.cdiv(2 * D, MANY_COLUMNS), triton.cdiv(PROGRAMS, G * programs))
+    steps = triton.cdiv(D, wanted * block)
+    return triton.cdiv(D, steps * block), steps
+
+
+def _types(particles):
+    """The accumulation type, torch's and Triton's."""
+    return (torch.float64, tl.float64) if particles.dtype == torch.float64 else (torch.float32, tl.float32)
+
+
+def _rows(x):
+    return x if x is None or x.stride(-1) == 1 else x.contiguous()
+
+
+def _strides(*tensors):
+    return [x.stride(k) for x in tensors for k in (0, 1)]
+
+
+def _kappa(N):
+    """Row 0 of q over the sum of the other rows."""
+    return 1 / (math.sqrt(N) - 1) if N > 1 else 0.0
+
+
+def _ones(particles, N):
+    return torch.ones(N, particles.shape[1], dtype=_types(particles)[0], device=particles.device)
+
+
+def _launch(kernel, programs, tensors, numbers, constants):
+    with torch.cuda.device_of(tensors[0]):
+        kernel[(programs,)](*tensors, *numbers, **constants, enable_fp_fusion=False)
+
+
+def _inverse_norms(particles, others, eps):
+    """1 / norm [N, G] of all rows."""
+    M, G, D = particles.shape
+    N = M if others is None else M + others.shape[0]
+    acc, ACC = _types(particles)
+    tile = _rows_tile(D, acc)
+    splits, steps = _splits(G, D, tile["LANES"] * tile["V"])
+    norms = torch.empty(splits, N, G, dtype=acc, device=particles.device)
+    for rows, out in ((particles, norms), (others, norms[:, M:])):
+        if rows is not None:
+            constants = {"M": rows.shape[0], "EPS": eps, "WHOLE": splits == 1, "STEPS": steps}
+            constants |= {"ACC": ACC} | tile
+            numbers = D, G, splits, *_strides(rows), N * G
+            _launch(_norms_kernel, G * splits * rows.shape[0], (rows, out), numbers, constants)
+    return _add_splits(norms, ACC, "inverse root", eps)
+
+
+def _add_splits(parts, ACC, finish="", eps=0.0, symmetric=False):
+    """parts [splits, ..., G] -> [..., G]; what one program saw whole it has finished."""
+    if parts.shape[0] == 1:
+        return parts[0]
+    total = torch.empty_like(parts[0])
+    numbers = total.numel(), parts.shape[0], parts.shape[-1]
+    constants = {"M": parts.shape[1] if symmetric else 0, "FINISH": finish, "EPS": eps, "ACC": ACC}
+    constants |= {"STEPS": triton.cdiv(parts.shape[0], 32), "ROWS": 32, "BLOCK": 64, "num_warps": 4}
+    _launch(_add_splits_kernel, triton.cdiv(total.numel(), 64), (parts, total), numbers, constants)
+    return total
+
+
+def contrasts(particles, others, normalize, eps):
+    """
+        s = torch.cat([particles, others])
+        s = s * (s.square().sum(-1, keepdim=True) + eps).rsqrt() if normalize else s
+        u = s[1:].sum(0) / (N - math.sqrt(N)) - s[0] / math.sqrt(N)
+        return s[1:] - u
+
+    from the differences to s[0]: rows close together keep their relative accuracy.
+
+    particles [Mi, G, D], others [Mj, G, D] or None; N >= 2 -> z [N - 1, G, D], float32 (float64 for float64).
+    """
+    particles, others = _rows(particles), _rows(others)
+    (MI, G, D), MJ = particles.shape, 0 if others is None else others.shape[0]
+    N = MI + MJ
+    acc, ACC = _types(particles)
+    few = N <= ROWS_AT_ONCE
+    own = normalize and few and _splits(G, D, 1)[0] == 1
+    tile = _rows_tile(D, acc, warps=8 if own else 4)
+    steps = triton.cdiv(D, tile["LANES"] * tile["V"])
+    splits, steps = (1, steps) if own else (steps, 1)
+    if own:
+        norm, inverse_norm = "own", particles
+    elif normalize:
+        norm, inverse_norm = "given", _inverse_norms(particles, others, eps)
+    else:
+        norm, inverse_norm = "unit", _ones(particles, N)
+    z = torch.empty(N - 1, G, D, dtype=acc, device=particles.device)
+    others = particles if others is None else others
+    tensors = particles, others, inverse_norm, z
+    numbers = D, G, splits, *_strides(particles, others)
+    constants = {"MI": MI, "MJ": MJ, "WEIGHT": 1 / (N - math.sqrt(N)), "ACC": ACC} | tile
+    if few:
+        constants |= {"NORM": norm, "EPS": eps, "STEPS": steps}
+        _launch(_contrasts_kernel, G * splits, tensors, numbers, constants)
+    else:
+        constants |= {"BLOCK": CONTRASTS_BLOCK}
+        _launch(_contrasts_blocks_kernel, G * splits, tensors, numbers, constants)
+    return z
+
+
+def pair_distances(particles, others, product, normalize, eps):
+    """
+        q = s if product is None else torch.cat([product.sum(0, True) / (math.sqrt(N) - 1), product])
+        s_i, q_i, s_j, q_j = s[:Mi, None], q[:Mi, None], s[None, -Mj:], q[None, -Mj:]  # s as in contrasts
+        d = ((q_i - q_j) * (s_i - s_j)).sum(-1).clamp(min=0)
+        alignment = ((q_i - q_j) * s_i).sum(-1)
+        return d, alignment, inverse_norm
+
+    without the [Mi, Mj, G, D] tensors. With others None, d is symmetric and 0 on the diagonal. NaN stays NaN.
+
+    particles [Mi, G, D], others [Mj, G, D] or None, product [N - 1, G, D] or None
+    -> d [Mi, Mj, G], alignment [Mi, Mj, G], inverse_norm [N, G], float32 (float64 for float64).
+    """
+    acc, ACC = _types(particles)
+    particles, others, product = _rows(particles), _rows(others), _rows(product)
+    if others is None and 2 <= particles.shape[0] <= _most_rows_at_once(acc):
+        d, alignment, inverse_norm = _distances_at_once(particles, product, normalize, eps)
+    else:
+        d, alignment, inverse_norm = _distances_in_blocks(particles, others, product, normalize, eps)
+    d = _add_splits(d, ACC, "not negative", symmetric=others is None)
+    return d, _add_splits(alignment, ACC), inverse_norm
+
+
+def _distances_at_once(particles, product, normalize, eps):
+    """d [splits, M, M, G], alignment likewise, inverse_norm [M, G]: one launch unless D is split."""
+    M, G, D = particles.shape
+    acc, ACC = _types(particles)
+    tile = _pairs_tile(M, D, acc)
+    splits, steps = _splits(G, D, tile["LANES"] * tile["V"])
+    norm = ("own" if splits == 1 else "given") if normalize else "unit"
+    if norm == "own":
+        inverse_norm = torch.empty(M, G, dtype=acc, device=particles.device)
+    else:
+        inverse_norm = _inverse_norms(particles, None, eps) if normalize else _ones(particles, M)
+    d, alignment = (torch.empty(splits, M, M, G, dtype=acc, device=particles.device) for _ in range(2))
+    w = particles if product is None else product
+    numbers = D, G, splits, *_strides(particles, w)
+    constants = {"M": M, "HAS_PRODUCT": product is not None, "KAPPA": _kappa(M), "NORM": norm, "EPS": eps}
+    constants |= {"WHOLE": splits == 1, "STEPS": steps, "ACC": ACC} | tile
+    tensors = particles, w, inverse_norm, d, alignment
+    _launch(_pair_distances_kernel, G * splits, tensors, numbers, constants)
+    return d, alignment, inverse_norm
+
+
+def _distances_in_blocks(particles, others, product, normalize, eps):
+    """d [splits, Mi, Mj, G], alignment likewise, inverse_norm [N, G]; norms and row 0 of q are found beforehand."""
+    same = others is None
+    N = particles.shape[0] + (0 if same else others.shape[0])
+    inverse_norm = _inverse_norms(particles, others, eps) if normalize else _ones(particles, N)
+    others = particles if same else others
+    (MI, G, D), MJ = particles.shape, others.shape[0]
+    acc, ACC = _types(particles)
+    tile = _blocks_tile(MI, MJ, D, acc)
+    blocks = triton.cdiv(MI, tile["BLOCK_I"]) * triton.cdiv(MJ, tile["BLOCK_J"])
+    splits, steps = _splits(G, D, tile["LANES"] * tile["V"], blocks)
+    w, w_sum = (particles, particles) if product is None else (product, product.sum(0))
+    d, alignment = (torch.empty(splits, MI, MJ, G, dtype=acc, device=particles.device) for _ in range(2))
+    tensors = particles, others, w, w_sum, inverse_norm, d, alignment
+    numbers = D, G, splits, *_strides(particles, others, w)
+    constants = {"MI": MI, "MJ": MJ, "SAME": same, "HAS_PRODUCT": product is not None, "KAPPA": _kappa(N)}
+    constants |= {"SCALED": normalize, "WHOLE": splits == 1, "STEPS": steps, "ACC": ACC} | tile
+    _launch(_pair_blocks_kernel, G * splits * blocks, tensors, numbers, constants)
+    return d, alignment, inverse_norm
+
+
+def combine(particles, others, product, inverse_norm, coefficients, projection):
+    """
+        s_i, q_i, q_j as in pair_distances
+        gradient = (coefficients[..., None] * (q_i - q_j)).sum(1) - projection[..., None] * s_i
+        return (inverse_norm[:Mi, :, None] * gradient).to(particles.dtype)
+
+    without the [Mi, Mj, G, D] tensor. A pair with q_i = q_j adds exactly 0, whatever its finite coefficient.
+
+    particles [Mi, G, D], others [Mj, G, D] or None, product [N - 1, G, D] or None, inverse_norm [N, G],
+    coefficients [Mi, Mj, G], projection [Mi, G] -> gradient [Mi, G, D] in the particles' dtype.
+    """
+    same = others is None
+    particles, product = _rows(particles), _rows(product)
+    others = particles if same else _rows(others)
+    (MI, G, D), MJ = particles.shape, others.shape[0]
+    acc, ACC = _types(particles)
+    tile = _rows_tile(D, acc)
+    tiles = triton.cdiv(D, tile["LANES"] * tile["V"])
+    w = particles if product is None else product
+    small = [x.contiguous() for x in (inverse_norm, coefficients, projection)]
+    gradient = torch.empty(MI, G, D, dtype=particles.dtype, device=particles.device)
+    constants = {"HAS_PRODUCT": product is not None, "KAPPA": _kappa(MI if same else MI + MJ), "ACC": ACC} | tile
+    if same and MI <= ROWS_AT_ONCE:
+        numbers = D, G, tiles, *_strides(particles, w)
+        _launch(_combine_kernel, G * tiles, (particles, w, *small, gradient), numbers, constants | {"M": MI})
+    else:
+        tensors = particles, others, w, w if product is None else product.sum(0), *small, gradient
+        numbers = D, G, tiles, *_strides(particles, others, w)
+        block = _even_blocks(MI, COMBINE_BLOCK)
+        constants |= {"MI": MI, "MJ": MJ, "SAME": same, "BLOCK_I": block}
+        _launch(_combine_blocks_kernel, G * tiles * triton.cdiv(MI, block), tensors, numbers, constants)
+    return gradient

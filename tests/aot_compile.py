@@ -1,0 +1,98 @@
+"""Compiles the kernels for GPUs that are not here, as the launchers would; prints one JSON line for each.
+
+A process of its own (see test_kernels_aot.py): an interpreter-mode Triton cannot compile. The launchers run on
+meta tensors with _launch replaced, so that tiles and specialisations are the shipped ones.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from multiprocessing import Pool
+from pathlib import Path
+
+import torch
+import triton
+from forde_fast.kernels import repulsion
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float64: "*fp64"}
+
+
+def launches(members, others, samples, columns, dtype, with_product, normalize=True):
+    """Every launch of the three operations at this size: [(kernel, arguments, constants)]."""
+    recorded = []
+    repulsion._launch = lambda kernel, programs, tensors, numbers, constants: recorded.append(
+        (kernel, (*tensors, *numbers), constants)
+    )
+    acc = torch.float64 if dtype == torch.float64 else torch.float32
+    particles = torch.empty(members, samples, columns, dtype=dtype, device="meta")
+    other = None if others is None else torch.empty(others, samples, columns, dtype=dtype, device="meta")
+    z = repulsion.contrasts(particles, other, normalize, 1e-24)
+    product = z if with_product else None
+    d, _, inverse_norm = repulsion.pair_distances(particles, other, product, normalize, 1e-24)
+    projection = torch.empty(members, samples, dtype=acc, device="meta")
+    repulsion.combine(particles, other, product, inverse_norm, d, projection)
+    return recorded
+
+
+def source(kernel, arguments, constants):
+    """What triton.jit would make of this call: ones become constants, multiples of 16 are known as such."""
+    constants = {k: v for k, v in constants.items() if k != "num_warps"}
+    signature, attributes = {}, {}
+    for index, (name, value) in enumerate(zip(kernel.arg_names, arguments, strict=False)):
+        if isinstance(value, torch.Tensor):
+            signature[name] = TYPES[value.dtype]
+        elif value == 1:
+            signature[name], constants[name] = "constexpr", 1
+            continue
+        else:
+            signature[name] = "i32" if value < 2**31 else "i64"
+        if isinstance(value, torch.Tensor) or value % 16 == 0:
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    signature |= dict.fromkeys(constants, "constexpr")
+    order = {name: signature[name] for name in kernel.arg_names}
+    return ASTSource(kernel, order, {(kernel.arg_names.index(k),): v for k, v in constants.items()}, attributes)
+
+
+def resources(cubin):
+    """Registers and bytes of stack (spills) of the one kernel in a cubin, from the disassembler's table."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", text))
+    return int(found["REG"]), int(found["STACK"]) + int(found["LOCAL"])
+
+
+def compile_case(job):
+    arch, case = job
+    rows = []
+    for kernel, arguments, constants in launches(*case):
+        options = {"num_warps": constants["num_warps"], "enable_fp_fusion": False}
+        compiled = triton.compile(source(kernel, arguments, constants), GPUTarget("cuda", arch, 32), options)
+        registers, stack = resources(compiled.asm["cubin"])
+        rows.append(
+            {
+                "arch": arch,
+                "kernel": kernel.fn.__name__,
+                "case": [str(x).removeprefix("torch.") for x in case],
+                "tile": [constants[k] for k in constants if k.startswith(("BLOCK", "LANES")) or k == "V"],
+                "warps": constants["num_warps"],
+                "registers": registers,
+                "stack": stack,
+                "shared": compiled.metadata.shared,
+            }
+        )
+    return rows
+
+
+if __name__ == "__main__":
+    cases = [(*case[:4], getattr(torch, case[4]), *case[5:]) for case in json.loads(sys.argv[1])]
+    with Pool(2) as pool:
+        for rows in pool.imap(compile_case, [(arch, case) for case in cases for arch in json.loads(sys.argv[2])]):
+            for row in rows:
+                print(json.dumps(row), flush=True)

@@ -1,0 +1,61 @@
+"""What the compiler makes of the Triton kernels for GPUs that are not here: no spills, few registers."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+CASES = [  # members, others, samples, columns, type, product: between them every kernel, each at its fullest
+    (10, None, 128, 3072, "float32", True),  # the published size
+    (12, None, 1, 2_000_000, "bfloat16", True),  # the most pairs at once; columns split over programs
+    (64, None, 128, 3072, "float32", True),  # full blocks of pairs
+    (16, 9, 128, 3071, "bfloat16", False),  # others; rows that start unaligned
+    (7, None, 128, 3072, "float64", False),
+]
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+REGISTERS = {
+    "_contrasts_kernel": 128,  # eight warps, two programs
+    "_contrasts_blocks_kernel": 128,
+    "_norms_kernel": 64,
+    "_add_splits_kernel": 128,
+    "_pair_distances_kernel": 255,  # eight warps, one program on a multiprocessor
+    "_pair_blocks_kernel": 255,  # two warps, four programs
+    "_combine_kernel": 128,  # four warps, four programs
+    "_combine_blocks_kernel": 128,
+}
+
+
+@pytest.fixture(scope="module")
+def table():
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, Path(__file__).with_name("aot_compile.py")]
+    command += [json.dumps(CASES), json.dumps(list(SHARED_MEMORY))]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    print(f"\n{'sm':>4} {'kernel':24} {'case':42} {'tile':18} warps registers stack shared")
+    for row in rows:
+        print(
+            f"{row['arch']:>4} {row['kernel']:24} {' '.join(row['case']):42} {row['tile']!s:18}"
+            f"{row['warps']:6} {row['registers']:9} {row['stack']:5} {row['shared']:6}"
+        )
+    return rows
+
+
+def test_every_kernel_compiles_for_every_chip(table):
+    found = {(row["arch"], row["kernel"]) for row in table}
+    assert found == {(arch, kernel) for arch in SHARED_MEMORY for kernel in REGISTERS}
+
+
+def test_nothing_spills(table):
+    assert not [row for row in table if row["stack"]]
+
+
+def test_registers_and_shared_memory(table):
+    assert not [row for row in table if row["registers"] > REGISTERS[row["kernel"]]]
+    assert not [row for row in table if row["shared"] > SHARED_MEMORY[row["arch"]]]
