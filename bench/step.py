@@ -77,8 +77,8 @@ def main() -> int:
     for case in CASES:
         for row in measure(*case, options.device, options.rounds):
             table.append(row)
-            print("{provider:12} {model:9} width {width:3} M {M:3} B {B:4} {ms:10.2f} ms   {over_plain_de:6.2f} x a plain "
-                  "deep-ensemble step".format(**row), flush=True)  # fmt: skip
+            print("{provider:12} {model:9} width {width:3} M {M:3} B {B:4} {ms:10.2f} ms   "
+                  "{over_plain_de:6.2f} x a plain deep-ensemble step".format(**row), flush=True)  # fmt: skip
     print(append("step", table, options.out))
     return 0
 

@@ -55,7 +55,7 @@ def ratio(times: list[float], floor: list[float]) -> float:
 def append(name: str, rows: list[dict], folder: Path = RESULTS) -> Path:
     """Add rows to results/NAME.csv, each with the time, commit, hardware and versions."""
     facts = info()
-    common = {"time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"), "commit": commit()}
+    common = {"time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "commit": commit()}
     common |= {key: facts[key] for key in FACTS}
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.csv"
@@ -71,12 +71,13 @@ def append(name: str, rows: list[dict], folder: Path = RESULTS) -> Path:
 def commit() -> str:
     """The commit that is measured, with + where the tree differs from it; unknown outside a checkout."""
     try:
-        where = Path(__file__).parent
-        head = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], cwd=where, capture_output=True, text=True, check=True
-        )
-        changed = subprocess.run(["git", "status", "--porcelain", "-uno", "--", "../forde_fast", "../csrc", "../kernels"],
-                                 cwd=where, capture_output=True, text=True, check=True)  # fmt: skip
-        return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
+        head = _git("rev-parse", "--short", "HEAD")
+        changed = _git("status", "--porcelain", "-uno", "--", "../forde_fast", "../csrc", "../kernels")
+        return head + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+
+
+def _git(*arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
