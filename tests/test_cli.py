@@ -97,7 +97,9 @@ def test_resnet_from_a_file(tmp_path):
 
 
 def test_verify_and_info(capsys, monkeypatch):
-    monkeypatch.setattr("forde_fast.verify.SHAPES", ((3, 2, 7),))
+    monkeypatch.setattr("forde_fast.verify.SHAPES", ((3, 1, 7),))
+    monkeypatch.setattr("forde_fast.verify.DTYPES", (torch.float32,))
+    monkeypatch.setattr("forde_fast.verify.CASES", ("random", "dead row"))
     assert run("verify", "--json") == 0
     rows = json.loads(capsys.readouterr().out)
     assert {row["backend"] for row in rows} == {"cpp", "triton"}

@@ -236,3 +236,18 @@ def test_user_lengthscale(fast):
     particles = torch.randn(4, 3, 12, dtype=F64)
     exact = reference.repulsion(particles, Diagonal())
     assert relative(ff.repulsion(particles, Diagonal(), backend=fast).gradient, exact.gradient) < 1e-10
+
+
+def test_threads_change_nothing():
+    """Sums run in an order of their own, whatever the number of threads."""
+    usable("cpp")
+    particles, before = torch.randn(5, 32, 300), torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(ff.repulsion(particles, backend="cpp"))
+    finally:
+        torch.set_num_threads(before)
+    for result in results[1:]:
+        assert all(torch.equal(part, same) for part, same in zip(result, results[0], strict=True))

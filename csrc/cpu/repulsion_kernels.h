@@ -60,10 +60,10 @@ inline Vector<T>* scratch(int64_t count) {
   return reinterpret_cast<Vector<T>*>((address + 63) & ~uintptr_t(63));
 }
 
-// tile = values / norm, zero up to the end of the tile. In double by a division: in one dimension the result is
+// tile = values / norm, zero up to `padded`. In double by a division: in one dimension the result is
 // exactly 1 or -1, and the distance between two of them exactly 0. In float, for many columns, by the reciprocal.
 template <class In>
-inline void fill(const In* values, double norm, int64_t count, Acc<In>* __restrict__ tile) {
+inline void fill(const In* values, double norm, int64_t count, int64_t padded, Acc<In>* __restrict__ tile) {
   using T = Acc<In>;
   if constexpr (std::is_same_v<T, double>) {
     for (int64_t k = 0; k < count; ++k) tile[k] = values[k] / norm;
@@ -71,7 +71,7 @@ inline void fill(const In* values, double norm, int64_t count, Acc<In>* __restri
     const T factor = T(1 / norm);
     for (int64_t k = 0; k < count; ++k) tile[k] = widen(values[k]) * factor;
   }
-  for (int64_t k = count; k < kTile; ++k) tile[k] = 0;
+  for (int64_t k = count; k < padded; ++k) tile[k] = 0;
 }
 
 // A row of a large result goes past the caches: nothing reads it soon, and its lines need not be fetched first.
@@ -96,8 +96,9 @@ struct Tiles {
   static constexpr int64_t kVectors = kTile / kWidth<T>;
 
   const Sample& sample;
-  V* s;  // [N, kVectors]
-  V* q;  // the same memory as s where C is the identity
+  int64_t used = 0;  // vectors of each row that are in use, a multiple of 8: fewer than kVectors at the end of the columns
+  V* s;              // [N, kVectors]
+  V* q;              // the same memory as s where C is the identity
 
   explicit Tiles(const Sample& sample, int64_t spare = 0) : sample(sample) {
     s = scratch<T>(sample.rows * kVectors * (sample.product ? 2 : 1) + spare);
@@ -110,6 +111,7 @@ struct Tiles {
   V* q_row(int64_t n) const { return q + n * kVectors; }
 
   void load(int64_t begin, int64_t count) {
+    used = (count + 8 * kWidth<T> - 1) / (8 * kWidth<T>) * 8;
     load_s(begin, count);
     if (sample.product) load_q(begin, count);
   }
@@ -117,7 +119,7 @@ struct Tiles {
   void load_s(int64_t begin, int64_t count) {
     for (int64_t n = 0; n < sample.rows; ++n) {
       prefetch_tile(static_cast<const In*>(sample.values[n]) + begin + kTile);
-      fill(static_cast<const In*>(sample.values[n]) + begin, sample.norm[n], count,
+      fill(static_cast<const In*>(sample.values[n]) + begin, sample.norm[n], count, used * kWidth<T>,
            reinterpret_cast<T*>(s_row(n)));
     }
   }
@@ -125,17 +127,18 @@ struct Tiles {
   // The contrasts' product gives q_n for n > 0; q_0 = sum_n q_n / (sqrt(N) - 1) has the same shared vector taken away.
   void load_q(int64_t begin, int64_t count) {
     T* first = reinterpret_cast<T*>(q_row(0));
-    std::fill(first, first + kTile, T(0));
+    const int64_t padded = used * kWidth<T>;
+    std::fill(first, first + padded, T(0));
     for (int64_t n = 1; n < sample.rows; ++n) {
       T* row = reinterpret_cast<T*>(q_row(n));
       const T* product = static_cast<const T*>(sample.product[n - 1]) + begin;
       prefetch_tile(product + kTile);
       std::copy(product, product + count, row);
-      std::fill(row + count, row + kTile, T(0));
-      for (int64_t k = 0; k < kTile; ++k) first[k] += row[k];
+      std::fill(row + count, row + padded, T(0));
+      for (int64_t k = 0; k < padded; ++k) first[k] += row[k];
     }
     T scale = T(1 / (std::sqrt(double(sample.rows)) - 1));
-    for (int64_t k = 0; k < kTile; ++k) first[k] *= scale;
+    for (int64_t k = 0; k < padded; ++k) first[k] *= scale;
   }
 };
 
@@ -165,14 +168,14 @@ void contrasts(const Sample& sample, int64_t begin, int64_t end, void* const* ou
   const T rest = T(1 / (sample.rows - root)), first = T(1 / root);
   for (int64_t at = begin; at < end; at += kTile) {
     const int64_t count = std::min(kTile, end - at);
-    tiles.load_s(at, count);
+    tiles.load(at, count);
     T shared[kTile] = {};
     for (int64_t n = 1; n < sample.rows; ++n) {
       const T* row = reinterpret_cast<const T*>(tiles.s_row(n));
-      for (int64_t k = 0; k < kTile; ++k) shared[k] += row[k];
+      for (int64_t k = 0; k < count; ++k) shared[k] += row[k];
     }
     const T* row_0 = reinterpret_cast<const T*>(tiles.s_row(0));
-    for (int64_t k = 0; k < kTile; ++k) shared[k] = shared[k] * rest - row_0[k] * first;
+    for (int64_t k = 0; k < count; ++k) shared[k] = shared[k] * rest - row_0[k] * first;
     for (int64_t n = 1; n < sample.rows; ++n) {
       const T* row = reinterpret_cast<const T*>(tiles.s_row(n));
       T* z = static_cast<T*>(out[n - 1]) + at;
@@ -190,14 +193,14 @@ inline void pair_tile(const Tiles<In>& tiles, int64_t i, int64_t j, Vector<Acc<I
   const V *s_i = tiles.s_row(i), *q_i = tiles.q_row(i), *s_j = tiles.s_row(j), *q_j = tiles.q_row(j);
   V sums[kUnroll][kPairs] = {};
   if (tiles.q == tiles.s) {
-    for (int64_t v = 0; v < kVectors; v += kUnroll)
+    for (int64_t v = 0; v < tiles.used; v += kUnroll)
       for (int64_t u = 0; u < kUnroll; ++u)
         for (int64_t p = 0; p < kPairs; ++p) {
           const V ds = s_i[v + u] - s_j[p * kVectors + v + u];
           sums[u][p] += ds * ds;
         }
   } else {
-    for (int64_t v = 0; v < kVectors; v += kUnroll)
+    for (int64_t v = 0; v < tiles.used; v += kUnroll)
       for (int64_t u = 0; u < kUnroll; ++u)
         for (int64_t p = 0; p < kPairs; ++p) {
           const int64_t at = p * kVectors + v + u;
@@ -215,7 +218,7 @@ inline void growth_tile(const Tiles<In>& tiles, int64_t n, Vector<Acc<In>>* tota
   using V = Vector<Acc<In>>;
   const V *s_n = tiles.s_row(n), *q_n = tiles.q_row(n), *s_0 = tiles.s_row(0), *q_0 = tiles.q_row(0);
   V sums[4] = {};
-  for (int64_t v = 0; v < Tiles<In>::kVectors; v += 4)
+  for (int64_t v = 0; v < tiles.used; v += 4)
     for (int64_t u = 0; u < 4; ++u) sums[u] += (q_n[v + u] - q_0[v + u]) * (s_n[v + u] + s_0[v + u]);
   *total += (sums[0] + sums[1]) + (sums[2] + sums[3]);
 }
@@ -252,7 +255,7 @@ inline void mix_tile(const Tiles<In>& tiles, int64_t i, int64_t first, int64_t r
   using V = Vector<Acc<In>>;
   constexpr int64_t kVectors = Tiles<In>::kVectors, kUnroll = kBytes == 64 ? 8 : 4;  // they share a coefficient
   const V *q_i = tiles.q_row(i), *s_i = tiles.s_row(i);
-  for (int64_t v = 0; v < kVectors; v += kUnroll) {
+  for (int64_t v = 0; v < tiles.used; v += kUnroll) {
     V even[kUnroll] = {}, odd[kUnroll] = {}, own[kUnroll];  // two chains of multiply-adds, to hide their latency
     for (int64_t u = 0; u < kUnroll; ++u) own[u] = q_i[v + u];
     const V* q_j = tiles.q_row(first) + v;
