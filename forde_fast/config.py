@@ -29,6 +29,7 @@ class TrainConfig:
     data_dir: str | None = None  # the folder of a data set that does not come with the package
     download: bool = False  # fetch it where it has a public address
     train_size: int | None = None  # only the first so many training images
+    test_size: int | None = None  # only the first so many test images, each scored under every corruption
     model: str = "mlp"
     width: int | None = None  # of the model's layers; its own by default
     members: int = 5
@@ -55,7 +56,7 @@ class TrainConfig:
             ("backend", ("auto", *BACKENDS)),
         ):
             validation.one_of(getattr(self, name), name, valid)
-        for name in ("train_size", "width", "members", "epochs", "batch_size"):
+        for name in ("train_size", "test_size", "width", "members", "epochs", "batch_size"):
             value = getattr(self, name)
             expect(value is None or (isinstance(value, int) and value >= 1), name, "a whole number >= 1", value)
         expect(isinstance(self.seed, int) and self.seed >= 0, "seed", "a whole number >= 0", self.seed)

@@ -39,15 +39,12 @@ class Run:
         self.folder = Path(config.out)
         self.device = _device(config.device)
         self.data = load(config.data, config.data_dir, config.download)
-        size = config.train_size
-        expect(
-            size is None or size <= len(self.data.train_images),
-            "train_size",
-            f"<= {len(self.data.train_images)}",
-            size,
-        )
-        self.images = self.data.train_images[:size]
-        self.labels = self.data.train_labels[:size]
+        parts = []
+        for part, size in (("train", config.train_size), ("test", config.test_size)):
+            images, labels = getattr(self.data, f"{part}_images"), getattr(self.data, f"{part}_labels")
+            expect(size is None or size <= len(images), f"{part}_size", f"<= {len(images)}", size)
+            parts += [images[:size], labels[:size]]
+        self.images, self.labels, self.test_images, self.test_labels = parts
         self.normalisation = Normalisation.fit(self.images)
         channels = self.images.shape[3] if self.images.ndim == 4 else 1
         shape = (channels, *self.images.shape[1:3])
@@ -104,13 +101,13 @@ class Run:
     def evaluate(self) -> dict:
         """Scores on the clean test images and under corruption, at CIFAR-10-C's severities and, for grey images,
         at a harder preset (CIFAR-10-C's hardly touch them)."""
-        metrics = {"clean": _flat(score_members(self.predict(self.data.test_images), self.data.test_labels))}
+        metrics = {"clean": _flat(score_members(self.predict(self.test_images), self.test_labels))}
         presets = {"corrupted": "cifar"}
-        if self.data.test_images.ndim == 3:
+        if self.test_images.ndim == 3:
             presets["corrupted_grey"] = "grey"
         for group, preset in presets.items():
             metrics[group] = evaluate_corruptions(
-                self.predict, self.data.test_images, self.data.test_labels, CORRUPTIONS, preset=preset
+                self.predict, self.test_images, self.test_labels, CORRUPTIONS, preset=preset
             )
         return metrics
 
@@ -136,7 +133,7 @@ class Run:
     def _draw(self) -> None:
         plots.training(self.log(), self.folder / "training.png")
         shown = slice(0, 12)
-        images, labels = self.data.test_images[shown], self.data.test_labels[shown]
+        images, labels = self.test_images[shown], self.test_labels[shown]
         plots.predictions(
             images,
             labels,

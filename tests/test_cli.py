@@ -11,7 +11,20 @@ from forde_fast import cli, plots
 from forde_fast.config import TrainConfig, read, to_toml
 from forde_fast.run import Run, open_run
 
-TINY = ["--data", "digits", "--members", "2", "--epochs", "2", "--width", "16", "--train-size", "256"]
+TINY = [
+    "--data",
+    "digits",
+    "--members",
+    "2",
+    "--epochs",
+    "2",
+    "--width",
+    "16",
+    "--train-size",
+    "256",
+    "--test-size",
+    "200",
+]
 
 
 @pytest.fixture(autouse=True)
@@ -173,5 +186,5 @@ def test_a_failed_write_leaves_what_was_there(tmp_path, monkeypatch):
     monkeypatch.setattr(plots, "training", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(OSError, match="No space left"):
         run_object.train()
-    assert open_run(tmp_path / "out").predict(run_object.data.test_images[:3]).shape == (2, 3, 10)
+    assert open_run(tmp_path / "out").predict(run_object.test_images[:3]).shape == (2, 3, 10)
     assert torch.isfinite(run_object.ensemble.flat).all()
