@@ -6,12 +6,10 @@ Floors: for the identity, reading the input once and writing a fresh output of i
 lengthscale, the library's own matrix product of the M B rows with C, or the two thin ones.
 """
 
-import argparse
 import sys
-from pathlib import Path
 
 import torch
-from timing import RESULTS, append, interleaved, quantiles, ratio
+from timing import append, interleaved, options, quantiles, ratio
 
 import forde_fast as ff
 from forde_fast.lengthscales import Identity
@@ -62,20 +60,16 @@ def measure(shape, name, scale, device, rounds) -> list[dict]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    options = parser.parse_args()
+    given = options(__doc__, rounds=15)
     torch.manual_seed(0)
     table = []
     for shape in SHAPES:
         for name, scale in lengthscales(shape[2]).items():
-            for row in measure(shape, name, scale, options.device, options.rounds):
+            for row in measure(shape, name, scale, given.device, given.rounds):
                 table.append(row)
                 print("{provider:10} {M:3} {B:4} {D:6} {lengthscale:9} {ms:9.3f} ms   floor {floor_ms:9.3f} ms   "
                       "ratio {ratio:6.2f}".format(**row), flush=True)  # fmt: skip
-    print(append("repulsion", table, options.out))
+    print(append("repulsion", table, given.out))
     return 0
 
 

@@ -4,12 +4,10 @@ deep-ensemble step, whose cost times 2 is the floor of exact FoRDE.
     python bench/step.py [--device cuda] [--rounds 9] [--out FOLDER]
 """
 
-import argparse
 import sys
-from pathlib import Path
 
 import torch
-from timing import RESULTS, append, interleaved, quantiles, ratio
+from timing import append, interleaved, options, quantiles, ratio
 from torch.nn import functional as F
 
 import forde_fast as ff
@@ -68,18 +66,14 @@ def measure(model, width, members, batch, shape, device, rounds):
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    options = parser.parse_args()
+    given = options(__doc__, rounds=9)
     table = []
     for case in CASES:
-        for row in measure(*case, options.device, options.rounds):
+        for row in measure(*case, given.device, given.rounds):
             table.append(row)
             print("{provider:12} {model:9} width {width:3} M {M:3} B {B:4} {ms:10.2f} ms   "
                   "{over_plain_de:6.2f} x a plain deep-ensemble step".format(**row), flush=True)  # fmt: skip
-    print(append("step", table, options.out))
+    print(append("step", table, given.out))
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import datetime
 import subprocess
@@ -15,6 +16,15 @@ from forde_fast.info import info
 
 RESULTS = Path(__file__).parent / "results"
 FACTS = ("cpu", "gpu", "torch", "triton", "python")
+
+
+def options(description: str, rounds: int) -> argparse.Namespace:
+    """--device, --rounds and --out, as every benchmark has them."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--rounds", type=int, default=rounds)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="the folder of the CSV file")
+    return parser.parse_args()
 
 
 def seconds(call: Callable[[], object], device: str) -> float:
