@@ -10,6 +10,7 @@ cotangent, together with the loss's, in one vector-Jacobian product per member.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -196,6 +197,24 @@ def published_schedule(progress: float, ratio: float = 0.01) -> float:
     return 1.0 if progress <= 0.5 else max(ratio, 1 - (1 - ratio) * (progress - 0.5) / 0.4)
 
 
+def _random_state(device: torch.device) -> list[Tensor]:
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
+
+
+def _set_random_state(random: list[Tensor], device: torch.device) -> None:
+    torch.set_rng_state(random[0].cpu())
+    if len(random) > 1 and device.type == "cuda":
+        torch.cuda.set_rng_state(random[1].cpu(), device)
+
+
+class Position(NamedTuple):
+    """How far a `fit` has come: epochs done, batches of the next one done, and the loader's own epoch in it."""
+
+    epoch: int = 0
+    batch: int = 0
+    loader_epoch: int | None = None
+
+
 class Trainer:
     """Trains an ensemble in place. The defaults are those of the published runs.
 
@@ -246,9 +265,13 @@ class Trainer:
             self._rates = [group["lr"] for group in self.optimizer.param_groups]
         self.seed = seed
         self.steps = self.epochs = 0  # done
+        self.position = Position()  # within the present call of `fit`
+        self._random: list[Tensor] = []  # the generators' states at a `position` that was loaded
         self._classes: int | None = None
         self._shape: torch.Size | None = None  # of the samples that the members were tried on
         self._ratio = torch.zeros((), device=ensemble.flat.device)
+        # of the present epoch's logs
+        self._log_sum = torch.zeros(len(Log._fields), dtype=torch.float64, device=ensemble.flat.device)
 
     def step(self, x: Tensor, y: Tensor, rate: float = 1.0) -> Log:
         """One update on the batch x [B, ...], y [B], with the learning rate times `rate`."""
@@ -269,24 +292,93 @@ class Trainer:
         return log._replace(gradient_ratio=self._ratio)
 
     def fit(self, loader, epochs: int, schedule: Callable[[float], float] = published_schedule,
-            on_step: Callable[[int, Log], None] | None = None) -> None:  # fmt: skip
+            on_step: Callable[[int, Log], None] | None = None,
+            on_epoch: Callable[[int, Log], None] | None = None) -> None:  # fmt: skip
         """Train on the batches (x, y) of `loader`, an iterable that can be read once per epoch.
 
         schedule  (share of this call's epochs done before this one) -> factor on the learning rate
         on_step   called with (epoch, log) after every step
+        on_epoch  called with (epoch, the mean of its logs) after every epoch
+
+        After `load_state_dict` of a state taken in one of these two, the call continues the one that was
+        interrupted: with the same loader, epochs and schedule it ends as that would have.
         """
         validation.whole(epochs, "epochs")
-        device = self.ensemble.flat.device
-        for epoch in range(epochs):
-            steps = self.steps
-            with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-                torch.manual_seed(int(np.random.SeedSequence([self.seed, self.epochs]).generate_state(1)[0]))
-                for x, y in loader:
-                    log = self.step(x.to(device), y.to(device), schedule(epoch / epochs))
-                    if on_step is not None:
-                        on_step(epoch, log)
-            expect(self.steps > steps, "loader", "at least one batch per epoch", f"none in epoch {epoch}")
-            self.epochs += 1
+        random, self._random = self._random, []
+        if not random:  # no state was loaded to go on from
+            self.position = Position()
+            self._log_sum.zero_()
+        done = self.position.epoch
+        expect(done <= epochs, "epochs", f"at least {done}, which are done", epochs)
+        if self.position.loader_epoch is not None:
+            loader.epoch = self.position.loader_epoch
+        try:
+            for epoch in range(done, epochs):
+                self._fit_epoch(loader, epoch, schedule(epoch / epochs), on_step, random)
+                batches = self.position.batch
+                expect(batches > 0, "loader", "at least one batch per epoch", f"none in epoch {epoch}")
+                log = Log(*self._log_sum / batches)
+                self._log_sum.zero_()
+                self.epochs += 1
+                self.position = Position(epoch + 1, 0, getattr(loader, "epoch", None))
+                if on_epoch is not None:
+                    on_epoch(epoch, log)
+        finally:
+            self.position = Position()
+
+    def _fit_epoch(self, loader, epoch: int, rate: float, on_step, random: list[Tensor]) -> None:
+        device, loader_epoch = self.ensemble.flat.device, getattr(loader, "epoch", None)
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(int(np.random.SeedSequence([self.seed, self.epochs]).generate_state(1)[0]))
+            batches = iter(loader)
+            if self.position.batch:  # go on within the epoch: what is done is read again, for the order's sake
+                for _ in itertools.islice(batches, self.position.batch):
+                    pass
+                _set_random_state(random, device)
+            for x, y in batches:
+                log = self.step(x.to(device), y.to(device), rate)
+                self._log_sum += torch.stack(log)
+                self.position = Position(epoch, self.position.batch + 1, loader_epoch)
+                if on_step is not None:
+                    on_step(epoch, log)
+
+    def state_dict(self) -> dict:
+        """All that the rest of the training hangs on: tensors (not copied), numbers, and dicts and lists of them.
+
+        The ensemble's parameters and buffers, velocity or torch's optimiser, steps and epochs, the place in the
+        present `fit` and torch's generators (not Python's and NumPy's).
+        """
+        return {
+            "ensemble": dict(self.ensemble.state_dict()),
+            "velocity": self.velocity,
+            "optimizer": None if self.optimizer is None else self.optimizer.state_dict(),
+            "steps": self.steps,
+            "epochs": self.epochs,
+            "position": list(self.position),
+            "seed": self.seed,
+            "log_sum": self._log_sum,
+            "gradient_ratio": self._ratio,
+            "random": _random_state(self.ensemble.flat.device),
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on from where `state` was taken, of a trainer with the same ensemble, method and optimiser.
+
+        Raises ValueError, with nothing changed, for another ensemble or another kind of optimiser.
+        """
+        self.ensemble.check_state(state["ensemble"])
+        kinds = ["torch's" if own else "this trainer's SGD" for own in (self.optimizer, state["optimizer"])]
+        expect(kinds[0] == kinds[1], "optimizer", f"{kinds[1]}, as in the state", kinds[0])
+        self.ensemble.load_state_dict(state["ensemble"])
+        self.velocity = self.velocity.to(self.ensemble.flat)
+        self.velocity.copy_(state["velocity"])
+        if self.optimizer is not None:
+            numbered = {int(index): own for index, own in state["optimizer"]["state"].items()}  # JSON's keys are text
+            self.optimizer.load_state_dict({**state["optimizer"], "state": numbered})
+        self.steps, self.epochs, self.seed = state["steps"], state["epochs"], state["seed"]
+        self.position, self._random = Position(*state["position"]), state["random"]
+        self._ratio = state["gradient_ratio"].to(self._ratio, copy=True)
+        self._log_sum = state["log_sum"].to(self._log_sum, copy=True)
 
     @property
     def _sgd_rest(self):
