@@ -75,11 +75,14 @@ class PCA(Lengthscale):
     eigenvectors  [D, K], orthonormal columns (not checked); K <= D
     eigenvalues   [K], >= 0: variances. The published file of the paper stores their square roots.
     tail          weight of the directions that the K columns leave out; without meaning where K = D
+    variance      total variance of the images that it was fitted on, by which the trainer sees whether it meets
+                  others; 0: not known
 
     Kept in float64. Raises TypeError or ValueError for other shapes, dtypes or values.
     """
 
-    def __init__(self, eigenvectors: Tensor, eigenvalues: Tensor, tail: float | Tensor = 0.0):
+    def __init__(self, eigenvectors: Tensor, eigenvalues: Tensor, tail: float | Tensor = 0.0,
+                 variance: float | Tensor = 0.0):  # fmt: skip
         validation.tensor_of_floats(eigenvectors, "eigenvectors", "D, K")
         validation.tensor_of_floats(eigenvalues, "eigenvalues", "K")
         size, rank = eigenvectors.shape
@@ -93,7 +96,8 @@ class PCA(Lengthscale):
         expect(eigenvectors.device == eigenvalues.device, "eigenvalues", "the eigenvectors' device", devices)
         self.eigenvectors = eigenvectors.detach().to(torch.float64, copy=True)
         self.eigenvalues = eigenvalues.detach().to(torch.float64, copy=True)
-        self.tail = float(tail)
+        validation.positive(float(variance), "variance", allow_zero=True)
+        self.tail, self.variance = float(tail), float(variance)
         self._cache: dict = {}
 
     @property
@@ -125,12 +129,13 @@ class PCA(Lengthscale):
         expect(rank is None or rank <= size, "rank", f"None or 1 to {size}", rank)
         eigenvalues, eigenvectors = torch.linalg.eigh(covariance)
         eigenvalues, eigenvectors = eigenvalues.flip(0).clamp_min(0), eigenvectors.flip(1)
+        variance = eigenvalues.sum() if center else 0.0
         if scale == "unit_mean":
             expect(bool(eigenvalues.sum() > 0), "images", "some variance for scale='unit_mean'", "none")
             eigenvalues = eigenvalues / eigenvalues.mean()
         kept = size if rank is None else rank
         tail = (eigenvalues[kept] + eigenvalues[-1]) / 2 if kept < size else 0.0
-        return cls(eigenvectors[:, :kept].contiguous(), eigenvalues[:kept], tail)
+        return cls(eigenvectors[:, :kept].contiguous(), eigenvalues[:kept], tail, variance)
 
     def blend(self, alpha: float, form: str = "arithmetic") -> PCA:
         """FoRDE-Tuned: C's eigenvalues between 1 (alpha = 0) and lambda (alpha = 1).
@@ -148,7 +153,7 @@ class PCA(Lengthscale):
             weights = (1 - alpha) + alpha * weights
         else:
             weights = weights / ((1 - alpha) * weights + alpha)  # 0 stays 0
-        return PCA(self.eigenvectors, weights[:-1], weights[-1])
+        return PCA(self.eigenvectors, weights[:-1], weights[-1], self.variance)
 
     def coordinates(self, s: Tensor) -> Tensor:
         """x [..., K or K + D] with |x_i - x_j|^2 = d_ij: rotated and scaled, then what the columns leave out."""
@@ -186,8 +191,8 @@ class PCA(Lengthscale):
         return self._cache[key]
 
     def _tensors(self):
-        tail = torch.tensor(self.tail, dtype=torch.float64)
-        return {"eigenvectors": self.eigenvectors, "eigenvalues": self.eigenvalues, "tail": tail}
+        numbers = {name: torch.tensor(getattr(self, name), dtype=torch.float64) for name in ("tail", "variance")}
+        return {"eigenvectors": self.eigenvectors, "eigenvalues": self.eigenvalues, **numbers}
 
     def __repr__(self):
         return f"PCA(D={self.dimension}, rank={self.rank}, tail={self.tail:.3g})"

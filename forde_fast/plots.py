@@ -21,6 +21,7 @@ CURVES = {
     "bandwidth_median": "median squared distance",
     "gradient_cosine": "cosine between members' input gradients",
     "weight_entropy": "entropy of the repulsion weights p [nats]",
+    "kernel_mean": "mean kernel between members",
     "gradient_ratio": "‖∇ repulsion‖ / ‖∇ cross-entropy‖",
 }
 

@@ -30,7 +30,8 @@ from forde_fast.spaces import InputGradients
 from forde_fast.types import Repulsion
 from forde_fast.validation import expect
 
-RATIO_EVERY = 10  # steps between measurements of gradient_ratio, each of which costs a backward pass
+RATIO_EVERY = 10  # steps between measurements of gradient_ratio, each of which costs a backward pass, and of two more
+MEASURED = ("gradient_ratio", "input_alignment", "input_variance")
 
 
 class Log(NamedTuple):
@@ -41,9 +42,15 @@ class Log(NamedTuple):
     bandwidth_median   mean over particles and samples of the median distance
     gradient_cosine    mean cosine between two members' particles: 1 where they agree, the quantity FoRDE lowers
     weight_entropy     mean entropy, in nats, of the kernel weights of a member; log(M B) where all are alike
-    gradient_ratio     norm of the weighted repulsion's parameter gradient over that of the cross-entropy, as
-                       last measured (every RATIO_EVERY steps; it costs a backward pass)
+    kernel_mean        mean of the kernel exp(-d / h) between two different members, from 0 to 1
+    gradient_ratio     norm of the weighted repulsion's parameter gradient over that of the cross-entropy
+    input_alignment    mean |cosine| between a member's input gradient and the input: 0 for a network that
+                       normalises each input inside (scaling the input then changes nothing)
+    input_variance     the batch's variance over that of the images on which the lengthscale was fitted
     dead_rows          particles whose squared norm is <= eps: their gradient is set to 0
+
+    Those in MEASURED are as last measured, every RATIO_EVERY steps; the last two of them are 0 where there is
+    nothing to measure (particles that are no input gradients, a lengthscale that was fitted on nothing).
     """
 
     cross_entropy: Tensor
@@ -51,7 +58,10 @@ class Log(NamedTuple):
     bandwidth_median: Tensor
     gradient_cosine: Tensor
     weight_entropy: Tensor
+    kernel_mean: Tensor
     gradient_ratio: Tensor
+    input_alignment: Tensor
+    input_variance: Tensor
     dead_rows: Tensor
 
 
@@ -153,6 +163,7 @@ def gradient(
         losses[i] = particles[i] = None  # this member's graph is freed
     if plain is not None:
         log["gradient_ratio"] = (g - plain).norm() / plain.norm()
+        log |= _measure_inputs(x, together, objective.lengthscale)
     return g, Log(**log)
 
 
@@ -182,14 +193,27 @@ def _diagnose(particles: Tensor, result: Repulsion, dead: Tensor, method: Method
     first = getattr(method.bandwidth, "owner", "second") == "first"
     unit = F.normalize(particles, dim=-1)
     aligned = unit.sum(0).square().sum() - unit.square().sum()
-    weights = kernel_weights(result.distances, result.bandwidth[:, None] if first else result.bandwidth)
+    h = result.bandwidth[:, None] if first else result.bandwidth
+    weights = kernel_weights(result.distances, h)
     return {
         "repulsion": result.value,
         "bandwidth_median": median(result.distances, (0,)).mean(),
         "gradient_cosine": aligned / (members * (members - 1) * particles.shape[1]),
         "weight_entropy": torch.special.entr(weights).sum() / members,
+        "kernel_mean": ((-result.distances / h).exp().mean(2).sum() - members) / (members * (members - 1)),
         "dead_rows": dead,
     }
+
+
+def _measure_inputs(x: Tensor, particles: Tensor, lengthscale) -> dict[str, Tensor]:
+    """Whether the input gradients, particles [M, B, D], and the lengthscale fit the inputs x [B, ...]."""
+    rows, found = x.detach().flatten(1), {}
+    if particles.shape[1:] == rows.shape:
+        found["input_alignment"] = F.cosine_similarity(particles, rows, dim=-1).abs().mean()
+    variance = getattr(lengthscale, "variance", None)
+    if variance and len(rows) > 1:
+        found["input_variance"] = rows.var(0).sum() / variance
+    return found
 
 
 def published_schedule(progress: float, ratio: float = 0.01) -> float:
@@ -269,7 +293,7 @@ class Trainer:
         self._random: list[Tensor] = []  # the generators' states at a `position` that was loaded
         self._classes: int | None = None
         self._shape: torch.Size | None = None  # of the samples that the members were tried on
-        self._ratio = torch.zeros((), device=ensemble.flat.device)
+        self._measured = torch.zeros(len(MEASURED), device=ensemble.flat.device)
         # of the present epoch's logs
         self._log_sum = torch.zeros(len(Log._fields), dtype=torch.float64, device=ensemble.flat.device)
 
@@ -288,8 +312,8 @@ class Trainer:
                 self._step_with_optimizer(g, rate)
         self.steps += 1
         if measured:
-            self._ratio = log.gradient_ratio
-        return log._replace(gradient_ratio=self._ratio)
+            self._measured = torch.stack([getattr(log, name) for name in MEASURED])
+        return log._replace(**dict(zip(MEASURED, self._measured, strict=True)))
 
     def fit(self, loader, epochs: int, schedule: Callable[[float], float] = published_schedule,
             on_step: Callable[[int, Log], None] | None = None,
@@ -357,7 +381,7 @@ class Trainer:
             "position": list(self.position),
             "seed": self.seed,
             "log_sum": self._log_sum,
-            "gradient_ratio": self._ratio,
+            "measured": self._measured,
             "random": _random_state(self.ensemble.flat.device),
         }
 
@@ -377,7 +401,7 @@ class Trainer:
             self.optimizer.load_state_dict({**state["optimizer"], "state": numbered})
         self.steps, self.epochs, self.seed = state["steps"], state["epochs"], state["seed"]
         self.position, self._random = Position(*state["position"]), state["random"]
-        self._ratio = state["gradient_ratio"].to(self._ratio, copy=True)
+        self._measured = state["measured"].to(self._measured.device, copy=True)
         self._log_sum = state["log_sum"].to(self._log_sum, copy=True)
 
     @property

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 import forde_fast as ff
 from forde_fast import reference
 from forde_fast.testing import make_pca
-from forde_fast.trainer import SGD, Objective, gradient, init, published_schedule, update
+from forde_fast.trainer import MEASURED, SGD, Objective, gradient, init, published_schedule, update
 
 F32, F64 = torch.float32, torch.float64
 GOLDEN = np.load(Path(__file__).parent / "golden" / "trajectory.npz")
@@ -217,8 +217,9 @@ def test_update_is_the_trainers_step_and_changes_nothing_else(dropout):
         assert torch.equal(new.velocity, trainer.velocity)
         for own, member in zip(new.buffers, trainer.ensemble.members, strict=True):
             assert all(torch.equal(own[name], b) for name, b in member.named_buffers())
-        ratio = wanted.gradient_ratio if step % 10 == 0 else torch.zeros(())
-        assert all(torch.equal(a, b) for a, b in zip(log, wanted._replace(gradient_ratio=ratio), strict=True))
+        if step % 10:
+            wanted = wanted._replace(**dict.fromkeys(MEASURED, torch.zeros(())))
+        assert all(torch.equal(a, b) for a, b in zip(log, wanted, strict=True))
         state = new
     assert same_state(ensemble, kept)
 
@@ -454,7 +455,7 @@ def test_log_follows_its_formulas(bandwidth):
     method = ff.Method(ff.InputGradients(), bandwidth=bandwidth)
 
     def measured(weight):
-        objective = Objective(method, repulsion_weight=weight)
+        objective = Objective(method, ff.PCA(torch.eye(12), torch.ones(12), variance=5.0), weight)
         return gradient(ensemble, ensemble.flat, None, x, y, objective, measure_ratio=True)
 
     plain, _ = gradient(ensemble, ensemble.flat, None, x, y, Objective(ff.Method(None)))
@@ -468,6 +469,11 @@ def test_log_follows_its_formulas(bandwidth):
     assert float(log.gradient_cosine) == pytest.approx(mean_cosine(rows), rel=1e-9)
     assert float(log.bandwidth_median) == pytest.approx(float(torch.quantile(d, 0.5, dim=0).mean()), rel=1e-9)
     assert float(log.gradient_ratio) == pytest.approx(float((exact - plain).norm() / plain.norm()), rel=1e-8)
+    k = torch.exp(-d / h)
+    assert float(log.kernel_mean) == pytest.approx(float(k[~torch.eye(4, dtype=bool)].mean()), rel=1e-9)
+    cosines = F.cosine_similarity(rows, x.flatten(1).expand(4, -1, -1), dim=2)
+    assert float(log.input_alignment) == pytest.approx(float(cosines.abs().mean()), rel=1e-9)
+    assert float(log.input_variance) == pytest.approx(float(x.flatten(1).var(0).sum()) / 5, rel=1e-9)
     assert float(measured(1.5)[1].gradient_ratio) == pytest.approx(float(log.gradient_ratio) / 2, rel=1e-8)
 
 
