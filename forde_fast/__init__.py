@@ -7,7 +7,7 @@ from forde_fast import data, models
 from forde_fast.data import corrupt
 from forde_fast.ensemble import Ensemble
 from forde_fast.evaluation import score
-from forde_fast.lengthscales import PCA, Identity
+from forde_fast.lengthscales import PCA, Cosine, Identity
 from forde_fast.methods import Method
 from forde_fast.repulsion import available_backends, combine, distances, repulsion
 from forde_fast.rule import Median
@@ -18,6 +18,7 @@ from forde_fast.types import Backend, Repulsion
 __all__ = [
     "PCA",
     "Backend",
+    "Cosine",
     "Ensemble",
     "Identity",
     "InputGradients",

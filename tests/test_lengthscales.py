@@ -166,7 +166,7 @@ BAD_IMAGES = [
     ([GOOD, GOOD[:0]], ValueError, r"^images: expected .* none empty, got shape \[0, 6\]"),
     (GOOD[:1], ValueError, r"^images: expected at least 2, got 1"),
     ([], ValueError, r"^images: expected at least 2, got 0"),
-    ([GOOD, torch.zeros(4, 7)], ValueError, r"^images: expected 6 values each.*got 7"),
+    ([GOOD, torch.zeros(4, 7)], ValueError, r"^images: expected shape \[6\] each.*got \[7\]"),
 ]
 
 
