@@ -1,4 +1,4 @@
-"""The command line: forde-fast train | compare | evaluate | verify | info."""
+"""The command line: forde-fast train | compare | evaluate | verify | bench | info."""
 
 from __future__ import annotations
 
@@ -114,6 +114,43 @@ def _verify_cells(row: dict) -> tuple[str, ...]:
     return row["backend"], row["dtype"], row["lengthscale"], *errors, "yes" if row["within"] else "NO"
 
 
+def _bench(command):
+    """Time the operation beside its floor and beside plain PyTorch, each verified first; fails if one is wrong."""
+    from forde_fast import benchmark
+
+    shapes = ", ".join((*benchmark.SHAPES, *benchmark.GROUPS))
+    where = benchmark.default_device()
+    command.add_argument("--shapes", default=benchmark.DEFAULT_SHAPES, help=f"{shapes}, MxBxD; default: %(default)s")
+    command.add_argument("--lengthscales", help="identity, pca, rankK; default: those that suit D")
+    command.add_argument("--providers", default=",".join(benchmark.PROVIDERS), help="default: %(default)s")
+    command.add_argument("--rounds", type=int, default=15, help="at most; default: %(default)s")
+    command.add_argument("--device", default=where, choices=("cpu", "cuda"))
+    command.add_argument("--dtype", default="float32", choices=benchmark.DTYPES)
+    command.add_argument("--precision", choices=("ieee", "tf32"), help="of products; default: tf32 on a GPU")
+    state = command.add_mutually_exclusive_group()
+    for cache in ("cold", "warm"):
+        text = f"on a GPU only with {cache} level-2 cache; default: both"
+        state.add_argument(f"--{cache}", dest="cache", action="store_const", const=cache, help=text)
+    command.add_argument("--out", type=Path, help="append the rows to repulsion.csv in this folder")
+    command.add_argument("--json", action="store_true")
+
+    def call(options) -> int:
+        names = ("shapes", "lengthscales", "providers", "rounds", "device", "dtype", "precision", "cache")
+        selection = {name: getattr(options, name) for name in names}
+        measured = _before_work(options, lambda: benchmark.bench(**selection))
+        rows = []
+        for case in measured:
+            rows += case
+            if not options.json:
+                print(benchmark.as_text(case), flush=True)
+            benchmark.keep(case, options.out)
+        if options.json:
+            print(json.dumps(rows, indent=1))
+        return 1 if any("wrong" in row for row in rows) else 0
+
+    return call
+
+
 def _info(command):
     """Say what is installed and which backends are usable, or why not."""
     command.add_argument("--json", action="store_true")
@@ -132,7 +169,14 @@ def _info(command):
     return call
 
 
-COMMANDS = {"train": _train, "compare": _compare, "evaluate": _evaluate, "verify": _verify, "info": _info}
+COMMANDS = {
+    "train": _train,
+    "compare": _compare,
+    "evaluate": _evaluate,
+    "verify": _verify,
+    "bench": _bench,
+    "info": _info,
+}
 
 
 def _add_config(command, skip) -> None:
