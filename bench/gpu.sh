@@ -35,16 +35,16 @@ else
   install=(setup.py -q build_ext --inplace)
   tests=(--collect-only)
   cifar=(--shapes 3x4x64 --rounds 2)
-  others=(--shapes 2x1x5000 --providers reference,cpp --rounds 2)
+  others=(--shapes digits --lengthscales identity --providers reference,cpp --rounds 2)
   step=(--rounds 1)
 fi
 part install 120 "$python" "${install[@]}"
 part info 20 "$python" -m forde_fast info
-part verify 40 "$python" -m forde_fast verify
-part tests 130 "$python" -m pytest -q "${tests[@]}" -k "(kernels or triton or cuda) and not aot" tests
-part operation 90 "$python" bench/repulsion.py --device "$device" --out "$out" "${cifar[@]}"
-part operation_sizes 75 "$python" bench/repulsion.py --device "$device" --out "$out" "${others[@]}"
-part step 60 "$python" bench/step.py --device "$device" --out "$out" "${step[@]}"
+part verify 60 "$python" -m forde_fast verify
+part tests 120 "$python" -m pytest -q "${tests[@]}" -k "(kernels or triton or cuda) and not aot" tests
+part operation 80 "$python" bench/repulsion.py --device "$device" --out "$out" "${cifar[@]}"
+part operation_sizes 70 "$python" bench/repulsion.py --device "$device" --out "$out" "${others[@]}"
+part step 55 "$python" bench/step.py --device "$device" --out "$out" "${step[@]}"
 part report 15 "$python" bench/report.py --results "$out" --print
 echo "failed parts: ${failed[*]:-none}"
 [ ${#failed[@]} -eq 0 ]
