@@ -22,15 +22,17 @@ struct Sample {
 struct Kernels {
   // out[n] += sum_k p_n[k]^2
   void (*squares)(const Sample&, int64_t begin, int64_t end, double* out);
-  // out[n-1][k] = s_n[k] - u[k]: orthonormal (Householder) contrasts, u the sample's vector of them
+  // out[n-1] = e_n - sum_m e_m / (N - sqrt N), e_n = s_n - s_0: orthonormal (Householder) contrasts, from differences
   void (*contrasts)(const Sample&, int64_t begin, int64_t end, void* const* out);
   // d[i,j] += sum_k (q_i - q_j)(s_i - s_j), [moving, repelling], only j > i where the particles repel each other;
   // growth[n] += sum_k (q_n - q_0)(s_n + s_0), that is s_n^T C s_n - s_0^T C s_0
   void (*pairs)(const Sample&, int64_t begin, int64_t end, double* d, double* growth);
-  // out[i][k] = (sum_j c[i,j] (q_i - q_j)[k] - t[i] s_i[k]) / norm_i, c [moving, repelling];
-  // past_caches: the results are too many to stay there
-  void (*combine)(const Sample&, int64_t begin, int64_t end, const double* c, const double* t, void* const* out,
-                  bool past_caches);
+  // out[i][k] = (mixed_i[k] + sum_j c[i,j] (q_i - q_j)[k] - t[i] s_i[k]) / norm_i, mixed [moving] -> [D] of the
+  // computing type, c [moving, repelling], either null for none; past_caches: the results are too many to stay there
+  void (*combine)(const Sample&, int64_t begin, int64_t end, const void* const* mixed, const double* c, const double* t,
+                  void* const* out, bool past_caches);
+  // t[i] += sum_k s_i[k] times what combine sums there before it takes t away
+  void (*along)(const Sample&, int64_t begin, int64_t end, const void* const* mixed, const double* c, double* t);
 };
 
 // The same kernels, compiled for several instruction sets.

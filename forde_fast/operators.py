@@ -5,6 +5,7 @@ the others.
 """
 
 import functools
+import math
 import os
 
 import torch
@@ -24,9 +25,19 @@ library.define(
     "combine(Tensor particles, Tensor? others, Tensor? product, Tensor norm, Tensor coefficients,"
     " Tensor projection) -> Tensor"
 )
-# Optional: the rule for the default bandwidth and the alignment it gives the gradient, for backends that fuse it.
+# product [N - 1, G, K], contrasts times some matrix -> [N, G, K], the rows times that matrix up to a vector that all
+# of a sample share. Equal rows stay equal, which a matrix product on a CPU does not promise.
+library.define("coordinates(Tensor particles, Tensor? others, Tensor product) -> Tensor")
+# mixed [Mi, G, D], in the computing type, plus sum_j coefficients[i, j] (s_i - s_j) where coefficients [Mi, Mj, G]
+# are given; less its component along s_i, divided by the norm. Without `normalize` the sum alone.
 library.define(
-    "median_rule(Tensor distances, Tensor alignment, float log_count)"
+    "project(Tensor particles, Tensor mixed, Tensor? others, Tensor? coefficients, bool normalize, float eps)"
+    " -> Tensor"
+)
+# Optional: the rule for the default bandwidth and the projection that combine takes (0 without an alignment), for
+# backends that fuse it.
+library.define(
+    "median_rule(Tensor distances, Tensor? alignment, float log_count)"
     " -> (Tensor value, Tensor coefficients, Tensor bandwidth, Tensor projection)"
 )
 library.define("attach_gradient(Tensor particles, Tensor value, Tensor gradient) -> Tensor")
@@ -54,6 +65,22 @@ def _(particles, others, product, normalize, eps):
 
 @torch.library.register_fake("forde_fast::combine")
 def _(particles, others, product, norm, coefficients, projection):
+    return particles.new_empty(particles.shape)
+
+
+@torch.library.impl(library, "coordinates", "CompositeExplicitAutograd")
+def _(particles, others, product):
+    first = product.sum(0, keepdim=True) / (math.sqrt(len(product) + 1) - 1)
+    return torch.cat([first, product])
+
+
+@torch.library.register_fake("forde_fast::coordinates")
+def _(particles, others, product):
+    return product.new_empty((len(product) + 1, *product.shape[1:]))
+
+
+@torch.library.register_fake("forde_fast::project")
+def _(particles, mixed, others, coefficients, normalize, eps):
     return particles.new_empty(particles.shape)
 
 

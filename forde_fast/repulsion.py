@@ -21,7 +21,7 @@ BACKENDS = tuple(operators.UNUSABLE)
 EXACT_COLUMNS = 256
 
 
-class State(NamedTuple):
+class ByProduct(NamedTuple):
     """What `combine` needs from `distances`; N rows: the particles, then the others where these are given."""
 
     particles: Tensor  # [Mi, G, D]
@@ -32,6 +32,39 @@ class State(NamedTuple):
     normalize: bool
     dtype: torch.dtype  # of the gradient
     operations: object
+
+    def combine(self, c: Tensor, projection: Tensor | None) -> Tensor:
+        particles, others, product, norm, alignment, normalize, _, operations = self
+        if not normalize:
+            projection = torch.zeros_like(c[:, 0])
+        elif projection is None:
+            projection = (c * alignment).sum(1)
+        return operations.combine(particles, others, product, norm, c, projection)
+
+
+class ByFactors(NamedTuple):
+    """The same for C = F F^T + tail I: the K columns x = S F, up to a vector that all rows of a sample share."""
+
+    particles: Tensor  # [Mi, G, D]
+    others: Tensor | None  # [Mj, G, D]
+    x: Tensor  # [Mi, G, K]
+    x_others: Tensor | None  # [Mj, G, K]
+    norm: Tensor  # [N, G], ones
+    factor: Tensor  # [D, K]
+    tail: float
+    normalize: bool
+    eps: float
+    dtype: torch.dtype  # of the gradient
+    operations: object
+
+    alignment = None  # projecting is left to the end
+
+    def combine(self, c: Tensor, projection: Tensor | None) -> Tensor:
+        operations = self.operations
+        mixed = operations.combine(self.x, self.x_others, None, self.norm, c, torch.zeros_like(c[:, 0]))
+        mixed = mixed @ self.factor.T
+        c = c * self.tail if self.tail else None
+        return operations.project(self.particles, mixed, self.others, c, self.normalize, self.eps)
 
 
 def available_backends() -> dict[str, Backend]:
@@ -76,15 +109,16 @@ def repulsion(
         result = implementation.repulsion(particles, lengthscale, others, normalize, eps, bandwidth)
     else:
         d, state = _distances(implementation, particles, others, lengthscale, normalize, eps)
+        projection = None
         if name == "cpp" and isinstance(bandwidth, str | Median) and bandwidth in ("median", Median()):
             value, c, h, projection = implementation.median_rule(d, state.alignment, Median().log_count(d))
             _check_finite(particles, others, value)
         else:
             _check_finite(particles, others, d.sum())
             value, c, h = kernel_rule(d, bandwidth)
-            projection = None
         wide = operators.accumulation_dtype(particles.dtype)
-        result = Repulsion(value.to(wide), _combine(state, c, projection), h.to(wide), d.to(wide))
+        gradient = _combine(state, c, projection)
+        result = Repulsion(value.to(wide), gradient, h.to(wide), d.to(wide))
     if torch.is_grad_enabled() and particles.requires_grad:
         value = torch.ops.forde_fast.attach_gradient(particles, result.value, result.gradient)
         result = result._replace(value=value)
@@ -114,7 +148,7 @@ def combine(state, c: Tensor) -> Tensor:
 
     c [M, N, G] -> [M, G, D] in the particles' dtype.
     """
-    if isinstance(state, State):
+    if isinstance(state, ByProduct | ByFactors):
         return _combine(state, c)
     from forde_fast import reference
 
@@ -130,20 +164,28 @@ def _distances(operations, particles, others, lengthscale, normalize, eps):
     product = None
     if rows > 1 and not (lengthscale is None or isinstance(lengthscale, Identity)):
         contrasts = operations.contrasts(particles, others, normalize, eps)
+        if hasattr(lengthscale, "factors") and hasattr(operations, "project"):
+            factors = lengthscale.factors(contrasts.dtype, contrasts.device)
+            if factors is not None:
+                return _distances_by_factors(operations, particles, others, contrasts, factors, normalize, eps, dtype)
         product = lengthscale.product(contrasts.flatten(0, 1)).view_as(contrasts)
     d, alignment, norm = operations.pair_distances(particles, others, product, normalize, eps)
-    return d, State(particles, others, product, norm, alignment, normalize, dtype, operations)
+    return d, ByProduct(particles, others, product, norm, alignment, normalize, dtype, operations)
+
+
+def _distances_by_factors(operations, particles, others, contrasts, factors, normalize, eps, dtype):
+    factor, tail = factors
+    x = torch.ops.forde_fast.coordinates(particles, others, contrasts @ factor)
+    x, x_others = x[: len(particles)], None if others is None else x[len(particles) :]
+    d, _, norm = operations.pair_distances(x, x_others, None, False, eps)
+    if tail:
+        d = d + tail * operations.pair_distances(particles, others, None, normalize, eps)[0]
+    return d, ByFactors(particles, others, x, x_others, norm, factor, tail, normalize, eps, dtype, operations)
 
 
 @torch.no_grad()
-def _combine(state: State, c: Tensor, projection: Tensor | None = None) -> Tensor:
-    particles, others, product, norm, alignment, normalize, dtype, operations = state
-    c = c.to(norm.dtype)
-    if not normalize:
-        projection = torch.zeros_like(c[:, 0])
-    elif projection is None:
-        projection = (c * alignment).sum(1)
-    return operations.combine(particles, others, product, norm, c, projection).to(dtype)
+def _combine(state, c: Tensor, projection: Tensor | None = None) -> Tensor:
+    return state.combine(c.to(state.norm.dtype), projection).to(state.dtype)
 
 
 def _choose(backend: str, particles, others, lengthscale, eps):

@@ -93,6 +93,23 @@ def test_fresh_random_cases(name, shape, kind):
                 assert errors.within, f"{what} of {case} in {dtype}: {errors}"
 
 
+def steep(size, rank, tail):
+    """Eigenvalues k^-2: nearly all of d lies along a few directions."""
+    basis = torch.linalg.qr(torch.randn(size, size, dtype=F64))[0][:, :rank].contiguous()
+    values = torch.arange(1, size + 1, dtype=F64) ** -2
+    return ff.PCA(basis, values[:rank], (values[rank] + values[-1]) / 2 if tail else 0)
+
+
+@pytest.mark.parametrize(("size", "rank", "tail"), [(400, 50, True), (600, 300, False), (1000, 8, True)])
+def test_low_rank_of_a_steep_spectrum(size, rank, tail):
+    """Twelve draws: the value is one number of a draw, its error that of a few close pairs."""
+    scale = steep(size, rank, tail)
+    for case in ("random", "spread 1e-3", "two clusters", "close pair 1e-2", "duplicate"):
+        for dtype in (F32, BF16):
+            for what, errors in compare(usable("cpp"), case, (7, 2, size), dtype, scale, draws=12).items():
+                assert errors.within, f"{what} of {case} in {dtype}: {errors}"
+
+
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("dtype", [F32, F64, BF16], ids=str)
 def test_everything_is_finite(case, dtype, backend):
@@ -132,6 +149,21 @@ def test_others_of_another_number(kind, normalize, fast):
         for part, same in zip(result, exact, strict=True):
             assert part.shape == same.shape
             assert torch.allclose(part, same, rtol=1e-10, atol=1e-14)
+
+
+def test_low_rank_in_stages_with_others(fast):
+    """Coefficients from elsewhere, against the definition; by the product where a weight is below the tail."""
+    particles, others = torch.randn(3, 2, 40, dtype=F64), torch.randn(2, 2, 40, dtype=F64)
+    basis = make_pca(40, 6).eigenvectors
+    for tail in (0.0, 0.5, 2.0):
+        scale = ff.PCA(basis, torch.linspace(3, 1, 6), tail)
+        assert (scale.factors(F64, particles.device) is None) == (tail == 2)
+        for normalize in (True, False):
+            d, state = ff.distances(particles, scale, others=others, normalize=normalize, backend=fast)
+            exact, oracle = reference.distances(particles, scale, others, normalize)
+            c = torch.randn_like(d)
+            assert relative(d, exact) < 1e-12
+            assert relative(ff.combine(state, c), reference.combine(oracle, c)) < 1e-11
 
 
 @pytest.mark.parametrize("kind", ["identity", "pca"])
@@ -204,11 +236,13 @@ def test_columns_split_over_threads(fast):
         particles = torch.randn(3, 1, 5_000)
     else:
         particles = torch.randn(3, 1, 100_003)
-    for normalize in (True, False):
-        exact = reference.repulsion(particles.double(), normalize=normalize)
-        result = ff.repulsion(particles, normalize=normalize, backend=fast)
-        assert relative(result.value, exact.value) < 1e-5
-        assert relative(result.gradient, exact.gradient) < 1e-5
+    thin = ff.PCA(torch.nn.functional.normalize(torch.randn(particles.shape[2], 1), dim=0), torch.tensor([3.0]), 0.5)
+    for scale in (None, thin):
+        for normalize in (True, False):
+            exact = reference.repulsion(particles.double(), scale, normalize=normalize)
+            result = ff.repulsion(particles, scale, normalize=normalize, backend=fast)
+            assert relative(result.value, exact.value) < 1e-5
+            assert relative(result.gradient, exact.gradient) < 1e-5
 
 
 def test_two_stages_are_the_operation(backend):

@@ -55,6 +55,8 @@ def test_opcheck():
         torch.library.opcheck(operations.pair_distances, (particles, given, z, True, 1e-24))
         arguments = (particles, given, z, norm, torch.rand_like(d), alignment[:, 0].contiguous())
         torch.library.opcheck(operations.combine, arguments)
+        torch.library.opcheck(operations.coordinates, (particles, given, z[..., :3]))
+        torch.library.opcheck(operations.project, (particles, particles, given, torch.rand_like(d), True, 1e-24))
     tracked = particles.requires_grad_()
     torch.library.opcheck(operations.attach_gradient, (tracked, torch.tensor(1.0), torch.randn(3, 4, 10)))
 

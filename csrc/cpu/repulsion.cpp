@@ -9,6 +9,7 @@
 #include <torch/library.h>
 
 #include <cmath>
+#include <cstring>
 #include <tuple>
 #include <vector>
 
@@ -235,16 +236,17 @@ std::vector<double> of_sample(const Tensor& x, int64_t g) {
   return out;
 }
 
+void check(const Tensor& x, at::ScalarType type, at::IntArrayRef shape, const char* name) {
+  TORCH_CHECK(x.scalar_type() == type && x.sizes() == shape, name, ": expected ", type, " ", shape, ", got ", x.scalar_type(), " ", x.sizes());
+}
+
 Tensor combine(const Tensor& particles, const OptionalTensor& others, const OptionalTensor& product,
                const Tensor& norm, const Tensor& coefficients, const Tensor& projection) {
   const Rows rows(particles, others, product);
   const auto type = computing_type(particles);
-  const auto check = [&](const Tensor& x, at::IntArrayRef shape, const char* name) {
-    TORCH_CHECK(x.scalar_type() == type && x.sizes() == shape, name, ": expected ", type, " ", shape, ", got ", x.scalar_type(), " ", x.sizes());
-  };
-  check(norm, {rows.rows, rows.groups}, "norm");
-  check(coefficients, {rows.moving, rows.repelling(), rows.groups}, "coefficients");
-  check(projection, {rows.moving, rows.groups}, "projection");
+  check(norm, type, {rows.rows, rows.groups}, "norm");
+  check(coefficients, type, {rows.moving, rows.repelling(), rows.groups}, "coefficients");
+  check(projection, type, {rows.moving, rows.groups}, "projection");
   const Tensor norms = norm.contiguous(), t = projection.contiguous();
   const Tensor c = coefficients.contiguous().view({-1, rows.groups});
   Tensor gradient = at::empty({rows.moving, rows.groups, rows.columns}, particles.options());
@@ -256,7 +258,83 @@ Tensor combine(const Tensor& particles, const OptionalTensor& others, const Opti
     std::vector<void*> out(rows.moving);
     for (int64_t i = 0; i < rows.moving; ++i)
       out[i] = static_cast<char*>(gradient.mutable_data_ptr()) + (i * rows.groups + g) * bytes;
-    rows.kernels.combine(rows.sample(g, r.data(), pointers), begin, end, c_g.data(), t_g.data(), out.data(), past_caches);
+    rows.kernels.combine(rows.sample(g, r.data(), pointers), begin, end, nullptr, c_g.data(), t_g.data(), out.data(), past_caches);
+  });
+  return gradient;
+}
+
+// product [N - 1, G, K] -> [N, G, K]; see operators.py
+Tensor coordinates(const Tensor& particles, const OptionalTensor& others, const Tensor& product) {
+  const Rows rows(particles, others, std::nullopt);
+  check(product, computing_type(particles), {rows.rows - 1, rows.groups, product.size(-1)}, "product");
+  const Tensor dense = product.contiguous();
+  const int64_t size = product.size(2), bytes = rows.columns * particles.element_size();
+  Tensor x = at::empty({rows.rows, rows.groups, size}, product.options());
+  AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "coordinates", [&] {
+    const scalar_t scale = scalar_t(1 / (std::sqrt(double(rows.rows)) - 1));
+    at::parallel_for(0, rows.groups, 1, [&](int64_t from, int64_t to) {
+      for (int64_t g = from; g < to; ++g) {
+        const auto x_row = [&](int64_t n) { return x.mutable_data_ptr<scalar_t>() + (n * rows.groups + g) * size; };
+        Rows::Pointers pointers;
+        rows.sample(g, nullptr, pointers);
+        std::fill_n(x_row(0), size, scalar_t(0));
+        for (int64_t n = 1; n < rows.rows; ++n) {
+          const scalar_t* row = dense.const_data_ptr<scalar_t>() + ((n - 1) * rows.groups + g) * size;
+          std::copy_n(row, size, x_row(n));
+          for (int64_t k = 0; k < size; ++k) x_row(0)[k] += row[k];
+        }
+        for (int64_t k = 0; k < size; ++k) x_row(0)[k] *= scale;
+        for (int64_t n = 1; n < rows.rows; ++n)
+          for (int64_t m = 0; m < n; ++m)
+            if (std::memcmp(pointers.values[n], pointers.values[m], bytes) == 0) {
+              std::copy_n(x_row(m), size, x_row(n));
+              break;
+            }
+      }
+    });
+  });
+  return x;
+}
+
+Tensor project(const Tensor& particles, const Tensor& mixed, const OptionalTensor& others, const OptionalTensor& coefficients,
+               bool normalize, double eps) {
+  const Rows rows(particles, coefficients ? others : std::nullopt, std::nullopt);
+  const auto type = computing_type(particles);
+  check(mixed, type, particles.sizes(), "mixed");
+  if (coefficients) check(*coefficients, type, {rows.moving, rows.repelling(), rows.groups}, "coefficients");
+  const Tensor dense = mixed.contiguous();
+  const Tensor c = coefficients ? coefficients->contiguous().view({-1, rows.groups}) : at::empty({0, rows.groups}, mixed.options());
+  Tensor gradient = at::empty({rows.moving, rows.groups, rows.columns}, particles.options());
+  const bool past_caches = int64_t(gradient.nbytes()) > kCached;
+  const int64_t splits = rows.splits();
+  const Norms norms(rows, splits, normalize, eps);
+  const auto pointers_to = [&](const Tensor& x, int64_t g) {
+    std::vector<void*> to(rows.moving);
+    for (int64_t i = 0; i < rows.moving; ++i)
+      to[i] = static_cast<char*>(x.data_ptr()) + (i * rows.groups + g) * rows.columns * x.element_size();
+    return to;
+  };
+  // The component along s_i is a sum over all columns: known only when all of them were seen once.
+  std::vector<double> partial(rows.groups * splits * rows.moving);
+  const auto work = [&](int64_t g, int64_t begin, int64_t end, double* measure, const double* t) {
+    Rows::Pointers pointers;
+    const auto norm = norms.of(g), c_g = of_sample(c, g);
+    const auto in = pointers_to(dense, g), out = pointers_to(gradient, g);
+    const double* weights = coefficients ? c_g.data() : nullptr;
+    const Sample sample = rows.sample(g, norm.data(), pointers);
+    if (measure && normalize) rows.kernels.along(sample, begin, end, in.data(), weights, measure);
+    if (t) rows.kernels.combine(sample, begin, end, in.data(), weights, t, out.data(), past_caches);
+  };
+  rows.each(splits, [&](int64_t g, int64_t split, int64_t begin, int64_t end) {
+    double* t = &partial[(g * splits + split) * rows.moving];
+    work(g, begin, end, t, splits == 1 ? t : nullptr);
+  });
+  if (splits == 1) return gradient;
+  for (int64_t g = 0; g < rows.groups; ++g)
+    for (int64_t at = rows.moving; at < splits * rows.moving; ++at)
+      partial[g * splits * rows.moving + at % rows.moving] += partial[g * splits * rows.moving + at];
+  rows.each(splits, [&](int64_t g, int64_t, int64_t begin, int64_t end) {
+    work(g, begin, end, nullptr, &partial[g * splits * rows.moving]);
   });
   return gradient;
 }
@@ -267,6 +345,8 @@ TORCH_LIBRARY_IMPL(forde_fast, CPU, m) {
   m.impl("contrasts", contrasts);
   m.impl("pair_distances", pair_distances);
   m.impl("combine", combine);
+  m.impl("coordinates", coordinates);
+  m.impl("project", project);
 }
 
 }  // namespace forde_fast

@@ -164,22 +164,21 @@ template <class In>
 void contrasts(const Sample& sample, int64_t begin, int64_t end, void* const* out) {
   using T = Acc<In>;
   Tiles<In> tiles(sample);
-  const double root = std::sqrt(double(sample.rows));
-  const T rest = T(1 / (sample.rows - root)), first = T(1 / root);
+  const T weight = T(1 / (sample.rows - std::sqrt(double(sample.rows))));
   for (int64_t at = begin; at < end; at += kTile) {
     const int64_t count = std::min(kTile, end - at);
     tiles.load(at, count);
     T shared[kTile] = {};
+    const T* row_0 = reinterpret_cast<const T*>(tiles.s_row(0));
     for (int64_t n = 1; n < sample.rows; ++n) {
       const T* row = reinterpret_cast<const T*>(tiles.s_row(n));
-      for (int64_t k = 0; k < count; ++k) shared[k] += row[k];
+      for (int64_t k = 0; k < count; ++k) shared[k] += row[k] - row_0[k];
     }
-    const T* row_0 = reinterpret_cast<const T*>(tiles.s_row(0));
-    for (int64_t k = 0; k < count; ++k) shared[k] = shared[k] * rest - row_0[k] * first;
+    for (int64_t k = 0; k < count; ++k) shared[k] *= weight;
     for (int64_t n = 1; n < sample.rows; ++n) {
       const T* row = reinterpret_cast<const T*>(tiles.s_row(n));
       T* z = static_cast<T*>(out[n - 1]) + at;
-      for (int64_t k = 0; k < count; ++k) z[k] = row[k] - shared[k];
+      for (int64_t k = 0; k < count; ++k) z[k] = (row[k] - row_0[k]) - shared[k];
     }
   }
 }
@@ -248,50 +247,75 @@ void pairs(const Sample& sample, int64_t begin, int64_t end, double* d, double* 
   }
 }
 
-// out = (sum_j c_j (q_i - q_j) - t s_i) / norm over one tile; c [repelling]
+// What gradients are made of: mixed_i + sum_j c[i,j] (q_i - q_j), a tile at a time.
 template <class In>
-inline void mix_tile(const Tiles<In>& tiles, int64_t i, int64_t first, int64_t repelling, const Acc<In>* c,
-                     Acc<In> t, Acc<In> reciprocal, Unaligned<Acc<In>>* out, bool past_caches) {
-  using V = Vector<Acc<In>>;
-  constexpr int64_t kVectors = Tiles<In>::kVectors, kUnroll = kBytes == 64 ? 8 : 4;  // they share a coefficient
-  const V *q_i = tiles.q_row(i), *s_i = tiles.s_row(i);
-  for (int64_t v = 0; v < tiles.used; v += kUnroll) {
-    V even[kUnroll] = {}, odd[kUnroll] = {}, own[kUnroll];  // two chains of multiply-adds, to hide their latency
-    for (int64_t u = 0; u < kUnroll; ++u) own[u] = q_i[v + u];
-    const V* q_j = tiles.q_row(first) + v;
+struct Mixture {
+  using T = Acc<In>;
+  using V = Vector<T>;
+  static constexpr int64_t kVectors = Tiles<In>::kVectors, kUnroll = kBytes == 64 ? 8 : 4;  // they share a coefficient
+
+  const void* const* mixed;
+  const int64_t first, repelling;  // the first row j, and how many there are: none without coefficients
+  Tiles<In> tiles;
+  V* row;      // [kVectors], of mixed, or a result on its way out
+  T* weights;  // [moving, repelling]
+
+  Mixture(const Sample& sample, const void* const* mixed, const double* c)
+      : mixed(mixed), first(sample.moving == sample.rows ? 0 : sample.moving), repelling(c ? sample.rows - first : 0),
+        tiles(sample, kVectors + sample.moving * repelling / kWidth<T> + 1), row(tiles.spare()),
+        weights(reinterpret_cast<T*>(row + kVectors)) {
+    std::copy(c, c + sample.moving * repelling, weights);
+  }
+
+  void load(int64_t i, int64_t at, int64_t count) {
+    if (!mixed) return;
+    const T* from = static_cast<const T*>(mixed[i]) + at;
+    T* to = std::copy(from, from + count, reinterpret_cast<T*>(row));
+    std::fill(to, reinterpret_cast<T*>(row + kVectors), T(0));
+  }
+
+  // of row i, vectors v to v + kUnroll
+  void at(int64_t i, int64_t v, V* sum) const {
+    const V *q_i = tiles.q_row(i), *q_j = tiles.q_row(first) + v;
+    const T* c = weights + i * repelling;
+    V odd[kUnroll] = {}, own[kUnroll];  // two chains of multiply-adds, to hide their latency
+    for (int64_t u = 0; u < kUnroll; ++u) own[u] = q_i[v + u], sum[u] = mixed ? row[v + u] : V{};
     int64_t j = 0;
     for (; j + 2 <= repelling; j += 2, q_j += 2 * kVectors)
       for (int64_t u = 0; u < kUnroll; ++u) {
-        even[u] += c[j] * (own[u] - q_j[u]);
+        sum[u] += c[j] * (own[u] - q_j[u]);
         odd[u] += c[j + 1] * (own[u] - q_j[kVectors + u]);
       }
     if (j < repelling)
-      for (int64_t u = 0; u < kUnroll; ++u) even[u] += c[j] * (own[u] - q_j[u]);
-    for (int64_t u = 0; u < kUnroll; ++u) store<Acc<In>>((even[u] + odd[u] - t * s_i[v + u]) * reciprocal, out + v + u, past_caches);
+      for (int64_t u = 0; u < kUnroll; ++u) sum[u] += c[j] * (own[u] - q_j[u]);
+    for (int64_t u = 0; u < kUnroll; ++u) sum[u] += odd[u];
   }
-}
+};
 
 template <class In>
-void combine(const Sample& sample, int64_t begin, int64_t end, const double* c, const double* t, void* const* out,
-             bool past_caches) {
+void combine(const Sample& sample, int64_t begin, int64_t end, const void* const* mixed, const double* c, const double* t,
+             void* const* out, bool past_caches) {
   using T = Acc<In>;
-  const bool among = sample.moving == sample.rows;
-  const int64_t first = among ? 0 : sample.moving, repelling = sample.rows - first;
-  Tiles<In> tiles(sample, Tiles<In>::kVectors + sample.moving * repelling / kWidth<T> + 1);
-  Vector<T>* mixed = tiles.spare();
-  T* coefficients = reinterpret_cast<T*>(mixed + Tiles<In>::kVectors);
-  std::copy(c, c + sample.moving * repelling, coefficients);
+  using M = Mixture<In>;
+  M mixture(sample, mixed, c);
   for (int64_t at = begin; at < end; at += kTile) {
     const int64_t count = std::min(kTile, end - at);
-    tiles.load(at, count);
+    mixture.tiles.load(at, count);
     for (int64_t i = 0; i < sample.moving; ++i) {
+      mixture.load(i, at, count);
       In* row = static_cast<In*>(out[i]) + at;
       const bool direct = std::is_same_v<In, T> && count == kTile;
-      auto* to = reinterpret_cast<Unaligned<T>*>(direct ? static_cast<void*>(row) : mixed);
+      auto* to = reinterpret_cast<Unaligned<T>*>(direct ? static_cast<void*>(row) : mixture.row);
       const bool past = past_caches && direct && reinterpret_cast<uintptr_t>(row) % kBytes == 0;
-      mix_tile<In>(tiles, i, first, repelling, coefficients + i * repelling, T(t[i]), T(1 / sample.norm[i]), to, past);
+      const T along = T(t[i]), reciprocal = T(1 / sample.norm[i]);
+      const auto* s_i = mixture.tiles.s_row(i);
+      for (int64_t v = 0; v < mixture.tiles.used; v += M::kUnroll) {
+        Vector<T> sum[M::kUnroll];
+        mixture.at(i, v, sum);
+        for (int64_t u = 0; u < M::kUnroll; ++u) store<T>((sum[u] - along * s_i[v + u]) * reciprocal, to + v + u, past);
+      }
       if (direct) continue;
-      const T* from = reinterpret_cast<const T*>(mixed);
+      const T* from = reinterpret_cast<const T*>(mixture.row);
       for (int64_t k = 0; k < count; ++k) narrow(from[k], row + k);
     }
   }
@@ -299,7 +323,29 @@ void combine(const Sample& sample, int64_t begin, int64_t end, const double* c, 
 }
 
 template <class In>
-constexpr Kernels kKernels = {squares<In>, contrasts<In>, pairs<In>, combine<In>};
+void along(const Sample& sample, int64_t begin, int64_t end, const void* const* mixed, const double* c, double* t) {
+  using T = Acc<In>;
+  using M = Mixture<In>;
+  M mixture(sample, mixed, c);
+  for (int64_t at = begin; at < end; at += kTile) {
+    const int64_t count = std::min(kTile, end - at);
+    mixture.tiles.load(at, count);
+    for (int64_t i = 0; i < sample.moving; ++i) {
+      mixture.load(i, at, count);
+      const auto* s_i = mixture.tiles.s_row(i);
+      Vector<T> total[M::kUnroll] = {}, sum[M::kUnroll];
+      for (int64_t v = 0; v < mixture.tiles.used; v += M::kUnroll) {
+        mixture.at(i, v, sum);
+        for (int64_t u = 0; u < M::kUnroll; ++u) total[u] += sum[u] * s_i[v + u];
+      }
+      for (int64_t u = 1; u < M::kUnroll; ++u) total[0] += total[u];
+      t[i] += forde_fast::sum<T>(total[0]);
+    }
+  }
+}
+
+template <class In>
+constexpr Kernels kKernels = {squares<In>, contrasts<In>, pairs<In>, combine<In>, along<In>};
 
 inline const Kernels& kernels_for(Input input) {
   switch (input) {

@@ -67,7 +67,7 @@ double median_rule_of(const T* d, const T* alignment, int64_t moving, int64_t re
           const int64_t at = (i * repelling + j) * groups + g;
           const double mixed = -2.0 / groups * kernel[at] / rows[i] / bandwidths[g * repelling + j];
           c[at] = d[at] == 0 ? T(0) : T(mixed);
-          aligned += double(c[at]) * double(alignment[at]);
+          if (alignment) aligned += double(c[at]) * double(alignment[at]);
         }
         projection[i * groups + g] = T(aligned);
       }
@@ -75,19 +75,19 @@ double median_rule_of(const T* d, const T* alignment, int64_t moving, int64_t re
   return value;
 }
 
-// distances, alignment [Mi, Mj, G] -> value [] (NaN where a distance is not finite), coefficients [Mi, Mj, G], bandwidth [Mj, G], projection [Mi, G]
-std::tuple<Tensor, Tensor, Tensor, Tensor> median_rule(const Tensor& distances, const Tensor& alignment, double log_count) {
-  TORCH_CHECK(distances.dim() == 3 && alignment.sizes() == distances.sizes(), "alignment: expected the distances' shape ",
-              distances.sizes(), ", got ", alignment.sizes());
-  TORCH_CHECK(alignment.scalar_type() == distances.scalar_type(), "alignment: expected ", distances.scalar_type(), ", got ",
-              alignment.scalar_type());
-  const Tensor d = distances.contiguous(), e = alignment.contiguous();
+// distances, alignment [Mi, Mj, G] or none -> value [] (NaN where a distance is not finite), coefficients [Mi, Mj, G], bandwidth [Mj, G], projection [Mi, G]
+std::tuple<Tensor, Tensor, Tensor, Tensor> median_rule(const Tensor& distances, const std::optional<Tensor>& alignment, double log_count) {
+  TORCH_CHECK(distances.dim() == 3, "distances: expected [Mi, Mj, G], got ", distances.sizes());
+  if (alignment)
+    TORCH_CHECK(alignment->sizes() == distances.sizes() && alignment->scalar_type() == distances.scalar_type(), "alignment: expected ",
+                distances.scalar_type(), " ", distances.sizes(), " as distances, got ", alignment->scalar_type(), " ", alignment->sizes());
+  const Tensor d = distances.contiguous(), e = alignment ? alignment->contiguous() : Tensor();
   const int64_t moving = d.size(0), repelling = d.size(1), groups = d.size(2);
   Tensor c = at::empty_like(d), value = at::empty({}, d.options());
   Tensor h = at::empty({repelling, groups}, d.options()), projection = at::empty({moving, groups}, d.options());
   AT_DISPATCH_FLOATING_TYPES(d.scalar_type(), "median_rule", [&] {
     const double exact = median_rule_of<scalar_t>(
-        d.const_data_ptr<scalar_t>(), e.const_data_ptr<scalar_t>(), moving, repelling, groups, log_count,
+        d.const_data_ptr<scalar_t>(), e.defined() ? e.const_data_ptr<scalar_t>() : nullptr, moving, repelling, groups, log_count,
         c.mutable_data_ptr<scalar_t>(), h.mutable_data_ptr<scalar_t>(), projection.mutable_data_ptr<scalar_t>());
     *value.mutable_data_ptr<scalar_t>() = scalar_t(exact);
   });

@@ -126,6 +126,16 @@ class PCA(Lengthscale):
             return rotated @ basis.T
         return torch.addmm(s, rotated, basis.T, beta=self.tail)
 
+    def factors(self, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, float] | None:
+        """(F [D, K], tail) with C = F F^T + tail I, made once; None where there is no such F or C is cheaper."""
+        key = "factors", dtype, device
+        if key not in self._cache:
+            excess = self.eigenvalues - self.tail
+            thin = 2 * self.rank <= self.dimension and bool((excess >= 0).all())
+            basis = self.eigenvectors * excess.clamp_min(0).sqrt()
+            self._cache[key] = (basis.to(device, dtype).contiguous(), self.tail) if thin else None
+        return self._cache[key]
+
     def _operands(self, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
         """(C,) or (U, lambda - tail), made once in float64 for each dtype and device."""
         key = dtype, device
