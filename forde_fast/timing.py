@@ -76,15 +76,18 @@ def _more_than_l2() -> torch.Tensor:
 
 def captured(call: Callable[[], object]) -> Callable[[], None]:
     """`call` as a CUDA graph: its kernels without the host's work. RuntimeError where it cannot be captured."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
+    before, aside = torch.cuda.current_stream(), torch.cuda.Stream()
+    aside.wait_stream(before)
+    with torch.cuda.stream(aside):
         for _ in range(3):
             call()
-    torch.cuda.current_stream().wait_stream(stream)
+    before.wait_stream(aside)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
+    try:
+        with torch.cuda.graph(graph):
+            call()
+    finally:
+        torch.cuda.set_stream(before)  # a failed capture leaves its own stream behind
     return graph.replay
 
 
