@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
+import functools
 import json
+import shlex
+import signal
 import sys
 from pathlib import Path
 
@@ -27,7 +29,10 @@ def main(arguments: list[str] | None = None) -> int:
         command = commands.add_parser(name, help=add.__doc__, description=add.__doc__)
         command.set_defaults(call=add(command), parser=command)
     options = parser.parse_args(arguments)
-    return options.call(options)
+    try:
+        return options.call(options)
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
 
 
 def _train(command):
@@ -35,8 +40,8 @@ def _train(command):
     _add_config(command, skip=())
 
     def call(options) -> int:
-        run = _before_work(options, lambda: _new_run(_settings(options)))
-        metrics = _train_with_progress(run)
+        run = _before_work(options, lambda: _new_run(options, _settings(options)))
+        metrics = _train_run(options, run, f"forde-fast train --resume --out {shlex.quote(str(run.folder))}")
         return _show(options, {run.config.method: metrics}, run.folder)
 
     return call
@@ -49,17 +54,18 @@ def _compare(command):
 
     def call(options) -> int:
         from forde_fast import plots
+        from forde_fast.config import FIELDS
 
         def prepare():
             settings = _settings(options)
-            folder = Path(settings.out)
+            folder = Path(settings.get("out", FIELDS["out"].default))
             names = options.methods.split(",")
             return folder, [
-                _new_run(dataclasses.replace(settings, method=name, out=str(folder / name))) for name in names
+                _new_run(options, {**settings, "method": name, "out": str(folder / name)}) for name in names
             ]
 
         folder, runs = _before_work(options, prepare)
-        results = {run.config.method: _train_with_progress(run) for run in runs}
+        results = {run.config.method: _train_run(options, run, "the same command with --resume") for run in runs}
         plots.training({run.config.method: run.log() for run in runs}, folder / "training.png")
         return _show(options, results, folder)
 
@@ -184,6 +190,7 @@ def _add_config(command, skip) -> None:
 
     command.add_argument("config", nargs="?", help="a TOML file with any of the settings below")
     command.add_argument("--json", action="store_true", help="print the metrics as JSON")
+    command.add_argument("--resume", action="store_true", help="go on with the run in --out, with its settings")
     for name, field in FIELDS.items():
         if name in skip:
             continue
@@ -194,20 +201,23 @@ def _add_config(command, skip) -> None:
             command.add_argument(flag, type=kind_of(name), metavar=kind_of(name).__name__.upper(), help=default)
 
 
-def _settings(options):
+def _settings(options) -> dict:
     """The TOML file's settings, with the flags over them."""
-    from forde_fast.config import FIELDS, TrainConfig, read
+    from forde_fast.config import FIELDS, read
 
     settings = read(options.config) if options.config else {}
     flags = {name: getattr(options, name, None) for name in FIELDS}
-    return TrainConfig(**{**settings, **{name: value for name, value in flags.items() if value is not None}})
+    return {**settings, **{name: value for name, value in flags.items() if value is not None}}
 
 
-def _new_run(config):
+def _new_run(options, settings: dict):
+    from forde_fast.config import FIELDS, TrainConfig, resumed
     from forde_fast.run import Run
 
-    run = Run(config)
-    run.refuse_to_overwrite()
+    if options.resume:
+        settings = resumed(settings, Path(settings.get("out", FIELDS["out"].default)))
+    run = Run(TrainConfig(**settings))
+    run.prepare(options.resume)
     return run
 
 
@@ -219,29 +229,30 @@ def _before_work(options, prepare):
         options.parser.error(str(error))
 
 
-def _train_with_progress(run) -> dict:
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+def _train_run(options, run, again: str) -> dict:
+    """Train with a line of progress; what stops it is one line that says how to go on."""
+    from forde_fast.signals import Interrupted
 
-    config, strength = run.config, run.strength
-    steps = config.epochs * max(1, len(run.images) // min(config.batch_size, len(run.images)))
-    console = Console(stderr=True)
-    if config.method != "de":
-        console.print(
-            f"{config.method}: w = {config.repulsion_weight:g}, w N/B = {strength:.0f} (published on CIFAR: 1, 391)",
-            highlight=False,
-        )
-    columns = ("[progress.description]{task.description}", "{task.fields[rate]}", "{task.fields[seen]}")
-    with Progress(TextColumn(columns[0]), BarColumn(), *map(TextColumn, columns[1:]), TimeRemainingColumn(),
-                  console=console) as progress:  # fmt: skip
-        task = progress.add_task(config.method, total=steps, rate="", seen="")
-
-        def on_step(epoch, log):
-            speed = progress.tasks[0].speed or 0.0
-            rate = f"{speed * config.members * config.batch_size:,.0f} members x images/s"
-            progress.update(task, advance=1, rate=rate, seen=f"loss {float(log.cross_entropy) / config.members:.3f}")
-
-        return run.train(on_step)
+    say = functools.partial(print, file=sys.stderr)
+    if run.finished:
+        say(f"{run.folder}: this run is finished, there is nothing to resume")
+        return run.train(resume=True)
+    for path in run.damaged:
+        say(f"{path}: damaged, its checksum is another; renamed to {path.name}.damaged, the one before it is used")
+    if run.state is not None:
+        say(f"{run.folder}: going on after step {run.state['steps']}")
+    elif options.resume:
+        say(f"{run.folder}: nothing was kept yet, starting at the beginning")
+    if run.config.method != "de":
+        weight, strength = run.config.repulsion_weight, run.strength
+        say(f"{run.config.method}: w = {weight:g}, w N/B = {strength:.0f} (published on CIFAR: 1, 391)")
+    try:
+        return run.train(options.resume, progress=True)
+    except Interrupted as stop:
+        name = signal.Signals(stop.number).name
+        options.parser.exit(128 + stop.number, f"interrupted by {name}, all is kept; go on with: {again}\n")
+    except OSError as error:
+        options.parser.exit(1, f"{options.parser.prog}: error: {error}; go on with: {again}\n")
 
 
 def _show(options, results: dict[str, dict], folder) -> int:

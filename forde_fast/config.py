@@ -43,6 +43,7 @@ class TrainConfig:
     weight_decay: float = 5e-4
     batch_size: int = 128
     augment: bool = False  # random crop with padding 4, and flip
+    checkpoint_every: int | None = None  # steps, besides every epoch
     seed: int = 0
     device: str = "auto"
     out: str = "runs/first"
@@ -56,7 +57,7 @@ class TrainConfig:
             ("backend", ("auto", *BACKENDS)),
         ):
             validation.one_of(getattr(self, name), name, valid)
-        for name in ("train_size", "test_size", "width", "members", "epochs", "batch_size"):
+        for name in ("train_size", "test_size", "width", "members", "epochs", "batch_size", "checkpoint_every"):
             value = getattr(self, name)
             expect(value is None or (isinstance(value, int) and value >= 1), name, "a whole number >= 1", value)
         expect(isinstance(self.seed, int) and self.seed >= 0, "seed", "a whole number >= 0", self.seed)
@@ -68,6 +69,9 @@ class TrainConfig:
             backend = available_backends()[self.backend]
             expect(bool(backend), "backend", "one that is usable here", f"{self.backend}: {backend}")
 
+
+# What does not change what a run computes, and may be another when it is resumed.
+MOVABLE = ("data_dir", "download", "checkpoint_every", "device", "out")
 
 FIELDS = {field.name: field for field in dataclasses.fields(TrainConfig)}
 
@@ -90,6 +94,21 @@ def read(path: str | Path) -> dict:
             settings[name] = value = float(value)
         expect(type(value) is kind_of(name), name, f"{kind_of(name).__name__} in {path}", repr(value))
     return settings
+
+
+def resumed(settings: dict, folder: Path) -> dict:
+    """The settings of the run in `folder`, with those of MOVABLE from `settings`, which must agree otherwise.
+
+    A folder without a run leaves them as they are. Raises ValueError where they do not agree.
+    """
+    path = folder / "config.toml"
+    if not path.exists():
+        return settings
+    held = read(path)
+    for name, value in settings.items():
+        kept = held.get(name, FIELDS[name].default)
+        expect(name in MOVABLE or value == kept, name, f"{kept!r} as in {path}", repr(value))
+    return {**held, **{name: value for name, value in settings.items() if name in MOVABLE}}
 
 
 def to_toml(config: TrainConfig) -> str:

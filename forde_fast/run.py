@@ -1,13 +1,15 @@
 """A run: data, ensemble and method from a configuration; trained, evaluated, and kept in a folder.
 
-The folder holds config.toml, log.jsonl, checkpoint.safetensors, metrics.json and two figures.
+The folder holds config.toml, log.jsonl, checkpoint.safetensors, metrics.json and two figures; while it trains,
+its last two states in checkpoints/.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 import time
-from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,19 +18,21 @@ from torch import Tensor
 
 from forde_fast import config as configuration
 from forde_fast import models, plots
-from forde_fast.checkpoint import load_ensemble, save_ensemble
+from forde_fast.checkpoint import Checkpoints, load_ensemble, save_ensemble
 from forde_fast.config import TrainConfig
 from forde_fast.data import Loader, Normalisation, load
 from forde_fast.ensemble import Ensemble
 from forde_fast.evaluation import evaluate_corruptions, score_members
 from forde_fast.files import write
 from forde_fast.methods import METHODS, RECIPES
+from forde_fast.signals import Interrupted, StopSignals
 from forde_fast.spaces import InputGradients
 from forde_fast.trainer import Log, Trainer
 from forde_fast.validation import expect
+from forde_fast.watching import JSONLines, Progress
 
 CORRUPTIONS = ("gaussian_noise", "shot_noise", "gaussian_blur", "contrast", "brightness", "pixelate")
-FILES = ("config.toml", "log.jsonl", "checkpoint.safetensors", "metrics.json")
+FILES = ("config.toml", "log.jsonl", "checkpoints", "checkpoint.safetensors", "metrics.json")
 
 
 class Run:
@@ -37,6 +41,10 @@ class Run:
     def __init__(self, config: TrainConfig):
         self.config = config
         self.folder = Path(config.out)
+        self.checkpoints = Checkpoints(self.folder / "checkpoints")
+        self.state: dict | None = None
+        self.damaged: list[Path] = []
+        self._prepared = False
         self.device = _device(config.device)
         self.data = load(config.data, config.data_dir, config.download)
         parts = []
@@ -55,48 +63,102 @@ class Run:
         ).to(self.device)
         self.strength = config.repulsion_weight * len(self.images) / min(config.batch_size, len(self.images))
 
-    def train(self, on_step: Callable[[int, Log], None] | None = None) -> dict:
-        """Train, evaluate, write the folder; returns the metrics. Raises FileExistsError if it holds a run."""
-        self.refuse_to_overwrite()
+    def prepare(self, resume: bool = False) -> None:
+        """Check the folder; with `resume`, read the last state that it holds into `state` (None: none was kept).
+
+        Raises FileExistsError for a folder that holds a run which is not to be resumed, or something else, and
+        ValueError for one whose checkpoints are damaged. Damaged ones before a whole one are left in `damaged`.
+        """
+        if self._prepared:
+            return
+        expect(not self.folder.is_file(), "out", "a folder", f"the file {self.folder}", FileExistsError)
+        if not resume:
+            held = [name for name in FILES if (self.folder / name).exists()]
+            got = f"{self.folder}, which holds {', '.join(held)} (--resume goes on with it)"
+            expect(not held, "out", "a folder without a run", got, FileExistsError)
+        elif not self.finished:
+            self.state, self.damaged = self.checkpoints.read()
+            if self.state is not None:
+                self.ensemble.check_state(self.state["ensemble"])
+        self._prepared = True
+
+    @property
+    def finished(self) -> bool:
+        return (self.folder / "metrics.json").exists()
+
+    def train(self, resume: bool = False, progress: bool = False) -> dict:
+        """Train, evaluate, write the folder; returns the metrics.
+
+        resume    go on with the run in the folder; if it is finished, these are its metrics
+        progress  show a line on stderr
+
+        A checkpoint is kept after every epoch and every `checkpoint_every` steps, and when SIGINT or SIGTERM
+        ask to stop, which then raises `signals.Interrupted`. Errors besides those of `prepare`: OSError.
+        """
+        self.prepare(resume)
+        if self.finished:
+            return json.loads((self.folder / "metrics.json").read_text(encoding="utf-8"))
         self.folder.mkdir(parents=True, exist_ok=True)
         write(self.folder / "config.toml", configuration.to_toml(self.config).encode())
+        trainer, loader = self._trainer_and_loader()
+        seconds = 0.0
+        if self.state is not None:
+            trainer.load_state_dict(self.state)
+            seconds = self.state["seconds"]
+        with StopSignals() as stop:
+            seconds += self._fit(trainer, loader, stop, seconds, progress)
+            save_ensemble(self.folder / "checkpoint.safetensors", self.ensemble)
+            metrics = {"method": self.config.method, "strength": self.strength, "seconds": seconds}
+            metrics["members_x_images_per_second"] = trainer.steps * self.config.members * loader.batch_size / seconds
+            metrics |= self.evaluate()
+            self._draw()
+            write(self.folder / "metrics.json", json.dumps(metrics, indent=1).encode())
+        shutil.rmtree(self.checkpoints.folder)
+        return metrics
+
+    def _trainer_and_loader(self) -> tuple[Trainer, Loader]:
+        config = self.config
         x = self.normalisation(self.images).to(self.device)
-        name, recipe = RECIPES[self.config.method]
+        name, recipe = RECIPES[config.method]
         method = METHODS[name]
         if method.space is not None:
-            method = replace(method, space=InputGradients(self.config.score))
+            method = replace(method, space=InputGradients(config.score))
         trainer = Trainer(
             self.ensemble,
             method,
-            recipe(x, self.config.alpha),
-            self.config.repulsion_weight,
-            backend=self.config.backend,
-            lr=self.config.lr,
-            weight_decay=self.config.weight_decay,
-            seed=self.config.seed,
+            recipe(x, config.alpha),
+            config.repulsion_weight,
+            backend=config.backend,
+            lr=config.lr,
+            weight_decay=config.weight_decay,
+            seed=config.seed,
         )
-        loader = Loader(
-            x, self.labels.to(self.device), self.config.batch_size, augment=self.config.augment, seed=self.config.seed
-        )
-        repels = method.space is not None and self.config.members > 1
-        start = time.perf_counter()
-        with open(self.folder / "log.jsonl", "w", encoding="utf-8") as file:
+        labels = self.labels.to(self.device)
+        return trainer, Loader(x, labels, config.batch_size, augment=config.augment, seed=config.seed)
 
-            def record(epoch: int, log: Log) -> None:
-                numbers = {key: float(getattr(log, key)) for key in (Log._fields if repels else Log._fields[:1])}
-                file.write(json.dumps({"step": trainer.steps, "epoch": epoch, **numbers}) + "\n")
-                if on_step is not None:
-                    on_step(epoch, log)
+    def _fit(self, trainer: Trainer, loader: Loader, stop: StopSignals, before: float, progress: bool) -> float:
+        """Train and keep checkpoints; returns the seconds that it took, `before` being those of earlier parts."""
+        start, every = time.perf_counter(), self.config.checkpoint_every
+        bar = Progress(trainer, self.config.epochs * len(loader), self.config.method) if progress else None
+        with JSONLines(self.folder / "log.jsonl", trainer, trainer.steps) as lines, bar or nullcontext():
 
-            trainer.fit(loader, self.config.epochs, on_step=record)
-        seconds = time.perf_counter() - start
-        save_ensemble(self.folder / "checkpoint.safetensors", self.ensemble)
-        seen = self.config.members * loader.batch_size * trainer.steps
-        metrics = {"method": self.config.method, "strength": self.strength, "seconds": seconds}
-        metrics |= {"members_x_images_per_second": seen / seconds, **self.evaluate()}
-        write(self.folder / "metrics.json", json.dumps(metrics, indent=1).encode())
-        self._draw()
-        return metrics
+            def keep() -> None:
+                lines.flush()
+                self.checkpoints.write({**trainer.state_dict(), "seconds": before + time.perf_counter() - start})
+
+            def on_step(epoch: int, log: Log) -> None:
+                lines(epoch, log)
+                if bar is not None:
+                    bar(epoch, log)
+                if stop.number or (every and trainer.steps % every == 0):
+                    keep()
+                if stop.number:
+                    raise Interrupted(stop.number)
+
+            stop.waits = True
+            trainer.fit(loader, self.config.epochs, on_step=on_step, on_epoch=lambda epoch, log: keep())
+            stop.waits = False
+        return time.perf_counter() - start
 
     def evaluate(self) -> dict:
         """Scores on the clean test images and under corruption, at CIFAR-10-C's severities and, for grey images,
@@ -118,17 +180,6 @@ class Run:
     def log(self) -> list[dict]:
         """What log.jsonl holds: one dict per step."""
         return [json.loads(line) for line in (self.folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-
-    def refuse_to_overwrite(self) -> None:
-        held = [name for name in FILES if (self.folder / name).exists()]
-        expect(
-            not held,
-            "out",
-            "a folder without a run",
-            f"{self.folder}, which holds {', '.join(held)}",
-            FileExistsError,
-        )
-        expect(not self.folder.is_file(), "out", "a folder", f"the file {self.folder}", FileExistsError)
 
     def _draw(self) -> None:
         plots.training(self.log(), self.folder / "training.png")

@@ -86,6 +86,9 @@ class Objective:
     backend: str = "auto"
     loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy
 
+    def repels(self, members: int) -> bool:
+        return self.method.space is not None and members > 1 and self.repulsion_weight != 0
+
 
 @dataclass(frozen=True)
 class SGD:
@@ -137,7 +140,7 @@ def gradient(
 
     buffers  updated in place by the forward passes; None: the members' own
     """
-    repels = objective.method.space is not None and len(ensemble) > 1 and objective.repulsion_weight != 0
+    repels = objective.repels(len(ensemble))
     thetas, losses, particles = [], [], []
     for i in range(len(ensemble)):
         theta = parameters[i].detach().requires_grad_()
@@ -289,6 +292,7 @@ class Trainer:
             self._rates = [group["lr"] for group in self.optimizer.param_groups]
         self.seed = seed
         self.steps = self.epochs = 0  # done
+        self.rows = 0  # members x samples of the last step
         self.position = Position()  # within the present call of `fit`
         self._random: list[Tensor] = []  # the generators' states at a `position` that was loaded
         self._classes: int | None = None
@@ -311,6 +315,7 @@ class Trainer:
             else:
                 self._step_with_optimizer(g, rate)
         self.steps += 1
+        self.rows = len(self.ensemble) * len(x)
         if measured:
             self._measured = torch.stack([getattr(log, name) for name in MEASURED])
         return log._replace(**dict(zip(MEASURED, self._measured, strict=True)))

@@ -235,6 +235,11 @@ def test_normalised_training_images_have_mean_0_and_deviation_1(shape):
     assert float(x[3, -1, 2, 4]) == pytest.approx(expected, rel=1e-5)
 
 
+def test_normalised_grey_images_have_the_plain_layout():
+    grey = Normalisation.fit(torch.arange(60, dtype=torch.uint8).view(3, 4, 5))
+    assert grey(torch.zeros(3, 4, 5, dtype=torch.uint8)).stride() == (20, 20, 5, 1)
+
+
 def test_published_channel_statistics_are_of_this_kind():
     """mean and std belong to pixels in [0, 1], as CIFAR-10's (0.4914, ...), (0.2470, ...) do."""
     mini = Normalisation.fit(load("fashion-mini").train_images)

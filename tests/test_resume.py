@@ -1,12 +1,23 @@
 """Stopping and going on: a training that was interrupted ends byte for byte as one that was not."""
 
 import copy
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 import forde_fast as ff
+from forde_fast import cli
+from forde_fast.checkpoint import Checkpoints, pack, unpack
+from forde_fast.signals import Interrupted, StopSignals
+from forde_fast.watching import JSONLines
 
 
 def net(dropout=0.3):
@@ -95,3 +106,196 @@ def test_states_that_do_not_fit_change_nothing():
     one.load_state_dict(ended)
     with pytest.raises(ValueError, match=r"^epochs: expected at least 3, which are done, got 2$"):
         one.fit(LOADERS["list"](), 2)
+
+
+# ---------------------------------------------------------------- states on disk
+
+
+def test_states_come_back_as_they_were(tmp_path):
+    one = trainer(OPTIMIZERS["adam"])
+    one.fit(LOADERS["list"](), 1)
+    state = one.state_dict()
+    again = trainer(OPTIMIZERS["adam"])
+    again.load_state_dict(unpack(pack(state)))
+    assert pack(again.state_dict()) == pack(state)
+
+
+def test_the_last_two_are_kept_and_a_damaged_one_is_passed_over(tmp_path):
+    one, kept = trainer(), Checkpoints(tmp_path / "checkpoints")
+    assert kept.read() == (None, [])
+    for _ in range(4):
+        one.step(*LOADERS["list"]()[0])
+        kept.write(one.state_dict())
+    first, last = kept.paths()
+    assert (first.name[:8], last.name[:8]) == ("00000003", "00000004")
+    assert kept.read()[0]["steps"] == 4
+    content = bytearray(last.read_bytes())
+    content[-5] ^= 1
+    last.write_bytes(content)
+    state, damaged = kept.read()
+    assert (state["steps"], damaged) == (3, [last])
+    kept.write({**one.state_dict(), "steps": 5})
+    assert [path.name[:8] for path in kept.paths()] == ["00000003", "00000005"]  # the damaged one counts no more
+    for path in kept.paths():
+        path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"^checkpoints: expected one that is whole, got only damaged ones in "):
+        kept.read()
+
+
+@pytest.fixture
+def full_disk(monkeypatch):
+    """From the moment it is set, every fsync finds the disk full."""
+    full = []
+
+    def fsync(descriptor):
+        if full:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", fsync)
+    return full
+
+
+def test_a_full_disk_leaves_what_was_kept(tmp_path, full_disk):
+    one, kept = trainer(), Checkpoints(tmp_path)
+    kept.write(one.state_dict())
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    full_disk.append(True)
+    with pytest.raises(OSError, match="No space left"):
+        kept.write({**one.state_dict(), "steps": 9})
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+# ---------------------------------------------------------------- runs
+
+
+TINY = [
+    *("--data", "digits", "--train-size", "256", "--test-size", "200", "--width", "16"),
+    *("--members", "2", "--epochs", "3", "--batch-size", "64"),
+]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("forde_fast.run.CORRUPTIONS", ("contrast",))
+        patch.setattr("forde_fast.run.Run._draw", lambda self: None)
+        assert cli.main(["train", *TINY, "--out", str(folder)]) == 0
+        yield folder
+
+
+def stopped(*arguments):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["train", *map(str, arguments)])
+    return stop.value.code
+
+
+def at_step(monkeypatch, step, act):
+    """Let `act` happen after the step's line of the log was noted."""
+    original = JSONLines.__call__
+
+    def call(self, epoch, log):
+        original(self, epoch, log)
+        if self.trainer.steps == step:
+            act()
+
+    monkeypatch.setattr(JSONLines, "__call__", call)
+
+
+def same_run(folder, other):
+    return all(
+        (folder / name).read_bytes() == (other / name).read_bytes()
+        for name in ("checkpoint.safetensors", "log.jsonl")
+    )
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_keeps_everything_and_says_how_to_go_on(number, tmp_path, undisturbed, monkeypatch, capsys):
+    folder = tmp_path / "stopped"
+    with monkeypatch.context() as patch:
+        at_step(patch, 6, lambda: os.kill(os.getpid(), number))
+        assert stopped(*TINY, "--out", folder) == 128 + number
+    said = capsys.readouterr().err
+    assert (
+        f"interrupted by {number.name}, all is kept; go on with: forde-fast train --resume --out {folder}\n" in said
+    )
+    assert [path.name[:8] for path in Checkpoints(folder / "checkpoints").paths()] == ["00000004", "00000006"]
+    assert signal.getsignal(number) in (signal.default_int_handler, signal.SIG_DFL)
+    assert cli.main(["train", "--resume", "--out", str(folder)]) == 0
+    assert "going on after step 6" in capsys.readouterr().err
+    assert same_run(folder, undisturbed)
+    assert not (folder / "checkpoints").exists()
+
+
+def test_a_second_signal_stops_at_once(monkeypatch):
+    with StopSignals() as stop:
+        stop.waits = True
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.number == signal.SIGTERM
+        with pytest.raises(Interrupted):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_full_disk_stops_a_run_in_one_line(tmp_path, undisturbed, monkeypatch, capsys, full_disk):
+    folder = tmp_path / "full"
+    with monkeypatch.context() as patch:
+        at_step(patch, 6, lambda: full_disk.append(True))
+        assert stopped(*TINY, "--out", folder) == 1
+    assert (
+        "No space left on device; go on with: forde-fast train --resume" in capsys.readouterr().err.splitlines()[-1]
+    )
+    full_disk.clear()
+    (folder / "log.jsonl").write_text((folder / "log.jsonl").read_text() + '{"step": 5, "cro')  # cut in the middle
+    assert cli.main(["train", *TINY, "--resume", "--out", str(folder)]) == 0
+    assert same_run(folder, undisturbed)
+
+
+def test_a_damaged_last_checkpoint_is_named_and_the_one_before_it_used(tmp_path, undisturbed, monkeypatch, capsys):
+    folder = tmp_path / "damaged"
+    with monkeypatch.context() as patch:
+        at_step(patch, 10, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        stopped(*TINY, "--out", folder, "--checkpoint-every", 3)
+    last = Checkpoints(folder / "checkpoints").paths()[-1]
+    last.write_bytes(last.read_bytes()[:-100])
+    assert cli.main(["train", "--resume", "--out", str(folder)]) == 0
+    said = capsys.readouterr().err
+    assert f"{last}: damaged" in said
+    assert "going on after step 9" in said
+    assert same_run(folder, undisturbed)
+
+
+def test_a_finished_run_says_so(undisturbed, capsys):
+    before = {path: path.read_bytes() for path in undisturbed.iterdir()}
+    assert cli.main(["train", "--resume", "--out", str(undisturbed), "--json"]) == 0
+    printed = capsys.readouterr()
+    assert printed.err == f"{undisturbed}: this run is finished, there is nothing to resume\n"
+    assert json.loads(printed.out)["forde-pca"] == json.loads((undisturbed / "metrics.json").read_text())
+    assert {path: path.read_bytes() for path in undisturbed.iterdir()} == before
+
+
+def test_a_run_goes_on_with_its_own_settings(tmp_path, undisturbed, capsys):
+    assert stopped("--resume", "--out", undisturbed, "--lr", 0.2) == 2
+    config = undisturbed / "config.toml"
+    assert capsys.readouterr().err.endswith(f"error: lr: expected 0.1 as in {config}, got 0.2\n")
+    assert stopped(*TINY, "--out", undisturbed) == 2
+    assert "(--resume goes on with it)" in capsys.readouterr().err
+    fresh = tmp_path / "fresh"
+    assert cli.main(["train", *TINY, "--resume", "--out", str(fresh)]) == 0
+    assert "nothing was kept yet, starting at the beginning" in capsys.readouterr().err
+    assert same_run(fresh, undisturbed)
+
+
+# ---------------------------------------------------------------- SIGKILL
+
+
+def test_thirty_runs_killed_at_random_moments_end_as_one_that_was_not(tmp_path):
+    """In a process of its own: its children start by fork, after the imports, and share no threads with pytest."""
+    script = Path(__file__).with_name("kill_runs.py")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, script, tmp_path, "30"], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    killed, steps = json.loads(done.stdout)
+    assert killed == 30
+    assert len(set(steps)) > 5  # they were at different places

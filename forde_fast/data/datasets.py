@@ -230,7 +230,10 @@ class Normalisation:
         mean, std = (
             torch.tensor(v, dtype=torch.float32, device=images.device)[:, None, None] for v in (self.mean, self.std)
         )
-        return (pixels.float() / 255).sub_(mean).div_(std).contiguous()
+        scaled = (pixels.float() / 255).sub_(mean).div_(std).contiguous()
+        # One channel moved from the end keeps a stride of 1, which convolutions take for channels-last: there
+        # torch 2.13's backward pass has written beyond its memory in narrow networks. A flat copy has one layout.
+        return scaled.flatten().view(scaled.shape)
 
 
 def _channels_last(images: torch.Tensor) -> torch.Tensor:
