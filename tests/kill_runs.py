@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import torch
+import torch.fx.experimental.symbolic_shapes  # autograd's first call imports it: here once, not in every child
 
 from forde_fast import run
 from forde_fast.checkpoint import Checkpoints
