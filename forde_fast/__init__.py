@@ -11,12 +11,14 @@ from forde_fast.lengthscales import PCA, Cosine, Identity
 from forde_fast.methods import Method
 from forde_fast.repulsion import available_backends, combine, distances, repulsion
 from forde_fast.rule import Median
+from forde_fast.second_order import Acceleration, accelerate, decelerate
 from forde_fast.spaces import InputGradients
 from forde_fast.trainer import Log, Trainer
 from forde_fast.types import Backend, Repulsion
 
 __all__ = [
     "PCA",
+    "Acceleration",
     "Backend",
     "Cosine",
     "Ensemble",
@@ -27,10 +29,12 @@ __all__ = [
     "Method",
     "Repulsion",
     "Trainer",
+    "accelerate",
     "available_backends",
     "combine",
     "corrupt",
     "data",
+    "decelerate",
     "distances",
     "models",
     "repulsion",

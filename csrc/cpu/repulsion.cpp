@@ -14,24 +14,13 @@
 #include <vector>
 
 #include "../repulsion.h"
+#include "capability.h"
 
 namespace forde_fast {
 namespace {
 
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
-
-// The widest instruction set of this machine that the kernels are compiled for.
-enum class Capability { kPortable, kAvx2, kAvx512 };
-
-Capability capability() {
-#if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
-    return Capability::kAvx512;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Capability::kAvx2;
-#endif
-  return Capability::kPortable;
-}
 
 const Kernels& kernels_for(at::ScalarType type) {
   const Input input = type == at::kFloat      ? Input::kFloat32

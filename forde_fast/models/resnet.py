@@ -1,10 +1,10 @@
 """ResNet18 for small images, as in the published experiments."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from forde_fast.models.init import check_positive, haiku_init_
+from forde_fast.second_order import norm_relu
 
 
 class BasicBlock(nn.Module):
@@ -23,13 +23,15 @@ class BasicBlock(nn.Module):
             self.shortcut = nn.Sequential(projection, nn.BatchNorm2d(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.relu(self.norm1(self.conv1(x)))
-        return F.relu(self.norm2(self.conv2(y)) + self.shortcut(x))
+        y = norm_relu(self.norm1, self.conv1(x))
+        return norm_relu(self.norm2, self.conv2(y), self.shortcut(x))
 
 
 class ResNet(nn.Module):
     """3x3 stem without pooling, four stages of two basic blocks (strides 1, 2, 2, 2; `width` times 1, 2, 4, 8
     channels), the mean over the image, Linear `head`."""
+
+    channels_last = True  # works in either layout of images: see forde_fast.second_order.accelerate
 
     def __init__(self, width: int, num_classes: int, in_channels: int):
         super().__init__()
@@ -45,7 +47,7 @@ class ResNet(nn.Module):
         self.head = nn.Linear(channels, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.norm(self.conv(x)))
+        x = norm_relu(self.norm, self.conv(x))
         return self.head(self.blocks(x).mean((2, 3)))
 
 

@@ -47,4 +47,6 @@ def cnn(num_classes: int = 10, in_channels: int = 1, width: int = 16) -> nn.Sequ
     layers["mean"] = nn.AdaptiveAvgPool2d(1)
     layers["flatten"] = nn.Flatten()
     layers["head"] = nn.Linear(channels, num_classes)
-    return haiku_init_(nn.Sequential(layers))
+    model = haiku_init_(nn.Sequential(layers))
+    model.channels_last = True  # works in either layout of images: see forde_fast.second_order.accelerate
+    return model

@@ -1,0 +1,29 @@
+// The standard headers come before the pragma: their inline functions are shared with files compiled without AVX2.
+#include <algorithm>
+#include <cstdint>
+#include <type_traits>
+#include <vector>
+
+#include "second_order.h"
+
+#if defined(__x86_64__)
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#else
+#pragma GCC target("avx2,fma")
+#endif
+
+namespace forde_fast::second_order {
+namespace {
+constexpr int64_t kBytes = 32;
+#include "second_order_kernels.h"
+}  // namespace
+
+const Passes& avx2_passes(bool wide) { return passes_for(wide); }
+
+}  // namespace forde_fast::second_order
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

@@ -1,0 +1,16 @@
+#include <algorithm>
+#include <cstdint>
+#include <type_traits>
+#include <vector>
+
+#include "second_order.h"
+
+namespace forde_fast::second_order {
+namespace {
+constexpr int64_t kBytes = 16;
+#include "second_order_kernels.h"
+}  // namespace
+
+const Passes& portable_passes(bool wide) { return passes_for(wide); }
+
+}  // namespace forde_fast::second_order

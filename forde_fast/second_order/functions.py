@@ -1,0 +1,241 @@
+"""autograd.Functions whose second-order pass is as lean as their first.
+
+A backward is a Function again, so that autograd can differentiate it; the backward of that is plain computation.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from forde_fast.second_order import reference
+
+
+def batchable(function: type[Function]) -> type[Function]:
+    """Its forward is its `compute`; under torch.func.vmap so too, with plain PyTorch in place of the kernels."""
+
+    def vmap(info, in_dims, *arguments):
+        compute = functools.partial(function.compute, reference)
+        outputs = torch.vmap(compute, in_dims, randomness="different")(*arguments)
+        return outputs, 0 if isinstance(outputs, Tensor) else (0,) * len(outputs)
+
+    function.forward = staticmethod(functools.partial(function.compute, torch.ops.forde_fast))
+    function.vmap = staticmethod(vmap)
+    return function
+
+
+def wanted(ctx, index: int) -> bool:
+    """Whether the sweep now running needs the gradient of input `index`.
+
+    ctx.needs_input_grad tells what any sweep may need: the one for input gradients would compute the weights' too.
+    """
+    if not ctx.needs_input_grad[index]:
+        return False
+    try:
+        return torch._C._will_engine_execute_node(ctx.next_functions[index][0])
+    except RuntimeError:  # a leaf that is itself asked for
+        return True
+
+
+def alone(sums: Tensor) -> Tensor:
+    """The sums [rows, C] over all ranks, of which there is one."""
+    return sums
+
+
+@batchable
+class Norm(Function):
+    """x, weight, bias, residual, constants (None: statistics of x), ... -> z, statistics [4, C].
+
+    reduce  [rows, C] -> [rows, C], adds per-channel sums over ranks, in all three passes
+    """
+
+    @staticmethod
+    def compute(kernels, x, weight, bias, residual, constants, eps, relu, reduce):
+        statistics = constants
+        if constants is None:
+            statistics = _over_ranks(kernels.norm_statistics(x, eps), eps, reduce)
+        return kernels.norm_forward(x, residual, statistics, weight, bias, relu), statistics
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, weight, bias, residual, constants, _, ctx.relu, reduce = inputs
+        z, statistics = output
+        ctx.reduce = alone if constants is not None else reduce
+        ctx.residual = residual is not None
+        ctx.mark_non_differentiable(statistics)
+        ctx.set_materialize_grads(False)
+        # without a residual the ReLU's mask is found again from x
+        ctx.save_for_backward(x, weight, bias, z if ctx.relu and ctx.residual else None, statistics)
+
+    @staticmethod
+    def backward(ctx, g, _):
+        if g is None:
+            return (None,) * 8
+        x, weight, bias, z, statistics = ctx.saved_tensors
+        layer = (x, weight, bias, z, statistics, ctx.relu, ctx.residual, ctx.reduce)
+        dx, (db, dw), _, *dresidual = NormBackward.apply(g, *layer)
+        dw = None if weight is None else dw.to(weight.dtype)
+        db = None if bias is None else db.to(bias.dtype)
+        return dx, dw, db, dresidual[0] if ctx.residual else None, None, None, None, None
+
+
+def _over_ranks(statistics: Tensor, eps: float, reduce) -> Tensor:
+    """Each rank's own statistics -> those of all numbers together."""
+    if reduce is alone:
+        return statistics
+    mean, _, share, variance = statistics
+    count, total = reduce(torch.stack([1 / share, mean / share]))
+    mean_of_all = total / count
+    (squares,) = reduce(((variance + (mean - mean_of_all).square()) / share)[None])
+    variance = squares / count
+    return torch.stack([mean_of_all, (variance + eps).rsqrt(), 1 / count, variance])
+
+
+@batchable
+class NormBackward(Function):
+    """g, ... -> dx, (db, dw) as own [2, C], the same over all ranks, and dresidual where there is a residual."""
+
+    @staticmethod
+    def compute(kernels, g, x, weight, bias, z, statistics, relu, residual, reduce):
+        layer = (x, z, statistics, weight, bias, relu)
+        own = kernels.norm_backward_sums(g, *layer)
+        sums = own.clone() if reduce is alone else reduce(own)
+        dx, masked = kernels.norm_backward(g, *layer, sums, residual)
+        return (dx, own, sums, masked) if residual else (dx, own, sums)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        g, x, weight, bias, z, statistics, ctx.relu, _, ctx.reduce = inputs
+        _, own, sums, *_ = output
+        ctx.mark_non_differentiable(sums)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(g, x, weight, bias, z, statistics, own, sums)
+
+    @staticmethod
+    def backward(ctx, u, v, _, u_residual=None):
+        if u is None and v is None and u_residual is None:
+            return (None,) * 9
+        dg, dx, dw = NormDoubleBackward.apply(u, v, u_residual, *ctx.saved_tensors, ctx.relu, ctx.reduce)
+        weight = ctx.saved_tensors[2]
+        return dg, dx, None if weight is None else dw.to(weight.dtype), None, None, None, None, None, None
+
+
+@batchable
+class NormDoubleBackward(Function):
+    """u, v [2, C], u_residual: cotangents of NormBackward's results -> those of its g, x and weight."""
+
+    @staticmethod
+    def compute(kernels, u, v, u_residual, g, x, weight, bias, z, statistics, own, sums, relu, reduce):
+        layer = (g, x, z, statistics, weight, bias, relu)
+        u = torch.zeros_like(x) if u is None else u
+        own_double = double_sums = kernels.norm_double_sums(u, *layer)
+        if v is not None:
+            double_sums = torch.cat([double_sums, v[1] * own])
+        double_sums = reduce(double_sums)
+        dg, dx = kernels.norm_double_backward(u, u_residual, v, *layer, sums, double_sums)
+        dw = own_double[2] - (own_double[:2] * sums).sum(0) * statistics[2]
+        return dg, dx, dw * statistics[1]
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *cotangents):
+        raise AssertionError  # a Function only for its rule under vmap: once_differentiable speaks first
+
+
+class Convolution(Function):
+    """aten.convolution of x and weight; `how` its stride, padding, dilation, transposed, output_padding and groups.
+
+    It and its two gradients, each linear in both of its inputs, are one another's gradients: no pass has a batch as
+    channels, which is how PyTorch's own double backward finds the weight's gradient.
+    """
+
+    @staticmethod
+    def forward(x, weight, bias, how):
+        return torch.ops.aten.convolution(x, weight, bias, *how)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, weight, _, ctx.how = inputs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, weight)
+
+    @staticmethod
+    def backward(ctx, g):
+        if g is None:
+            return (None,) * 4
+        x, weight = ctx.saved_tensors
+        dx = ConvolutionInput.apply(g, weight, x, ctx.how) if wanted(ctx, 0) else None
+        dw = ConvolutionWeight.apply(g, x, weight, ctx.how) if wanted(ctx, 1) else None
+        db = g.sum([k for k in range(g.ndim) if k != 1]) if wanted(ctx, 2) else None
+        return dx, dw, db, None
+
+    @staticmethod
+    def vmap(info, in_dims, *arguments):
+        return torch.vmap(Convolution.forward, in_dims)(*arguments), 0
+
+
+def _gradient(g, x, weight, how, which: int) -> Tensor:
+    mask = [which == k for k in range(3)]
+    return torch.ops.aten.convolution_backward(g, x, weight, None, *how, mask)[which]
+
+
+class ConvolutionInput(Function):
+    """g, weight -> the gradient of x, of which only the shape and layout are read."""
+
+    @staticmethod
+    def forward(g, weight, x, how):
+        return _gradient(g, x, weight, how, 0)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        g, weight, _, ctx.how = inputs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(g, weight)
+
+    @staticmethod
+    def backward(ctx, u):
+        if u is None:
+            return (None,) * 4
+        g, weight = ctx.saved_tensors
+        dg = Convolution.apply(u, weight, None, ctx.how) if wanted(ctx, 0) else None
+        dw = ConvolutionWeight.apply(g, u, weight, ctx.how) if wanted(ctx, 1) else None
+        return dg, dw, None, None
+
+    @staticmethod
+    def vmap(info, in_dims, *arguments):
+        return torch.vmap(ConvolutionInput.forward, in_dims)(*arguments), 0
+
+
+class ConvolutionWeight(Function):
+    """g, x -> the gradient of the weight, of which only the shape is read."""
+
+    @staticmethod
+    def forward(g, x, weight, how):
+        return _gradient(g, x, weight, how, 1)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        g, x, _, ctx.how = inputs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(g, x)
+
+    @staticmethod
+    def backward(ctx, u):
+        if u is None:
+            return (None,) * 4
+        g, x = ctx.saved_tensors
+        dg = Convolution.apply(x, u, None, ctx.how) if wanted(ctx, 0) else None
+        dx = ConvolutionInput.apply(g, u, x, ctx.how) if wanted(ctx, 1) else None
+        return dg, dx, None, None
+
+    @staticmethod
+    def vmap(info, in_dims, *arguments):
+        return torch.vmap(ConvolutionWeight.forward, in_dims)(*arguments), 0

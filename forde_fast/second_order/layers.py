@@ -1,0 +1,155 @@
+"""Drop-in layers: PyTorch's own, whose class alone changes. They compute what the layer they replace computes, by it
+where the Functions do not apply."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.modules import module as torch_module
+
+from forde_fast.second_order import operators
+from forde_fast.second_order.functions import Convolution, Norm, alone
+
+
+def norm_relu(norm: nn.Module, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    """relu(norm(x) + residual), in one pass where `norm` is an accelerated batch normalisation."""
+    if isinstance(norm, BatchNorm) and not _watched(norm) and norm.takes(x, residual):
+        return norm.normalise(x, residual, relu=True)
+    y = norm(x)
+    return torch.relu(y if residual is None else y + residual)
+
+
+class BatchNorm:
+    """Mixed into PyTorch's batch normalisations: kernels for both orders, and with ReLU and residual in the same pass.
+
+    reduce  [rows, C] -> [rows, C] in float64: adds per-channel sums over ranks in all three passes
+    """
+
+    reduce: Callable[[Tensor], Tensor] = staticmethod(alone)
+
+    def takes(self, x: Tensor, residual: Tensor | None = None) -> bool:
+        """Whether the kernels can do this call; what they cannot, wrong shapes among it, is left to PyTorch."""
+        own = [t for t in (self.weight, self.bias, self.running_mean, self.running_var) if t is not None]
+        return (
+            _plain_eager(x)
+            and x.dtype in operators.TYPES.get(x.device.type, ())
+            and x.ndim >= 2
+            and x.shape[1] == self.num_features
+            and x.numel() > x.shape[1]
+            and all(t.device == x.device and t.dtype in (x.dtype, torch.float32) for t in own)
+            and (residual is None or (residual.shape == x.shape and residual.dtype == x.dtype))
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.normalise(x) if self.takes(x) else super().forward(x)
+
+    def normalise(self, x: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
+        self._check_input_dim(x)
+        tracked = self.running_mean is not None
+        training = self.training or not tracked
+        constants = None if training else _constants(self.running_mean, self.running_var, self.eps)
+        z, statistics = Norm.apply(x, self.weight, self.bias, residual, constants, self.eps, relu, self.reduce)
+        if self.training and tracked:
+            self._track(statistics)
+        return z
+
+    @torch.no_grad()
+    def _track(self, statistics: Tensor) -> None:
+        momentum = self.momentum
+        if self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+            momentum = 1 / float(self.num_batches_tracked) if momentum is None else momentum
+        mean, _, share, variance = statistics
+        for running, now in ((self.running_mean, mean), (self.running_var, variance / (1 - share))):
+            running.lerp_(now.to(running.dtype), momentum or 0.0)
+
+
+def _constants(mean: Tensor, variance: Tensor, eps: float) -> Tensor:
+    mean, variance = mean.detach().double(), variance.detach().double()
+    return torch.stack([mean, (variance + eps).rsqrt(), torch.zeros_like(mean), variance])
+
+
+class FastBatchNorm1d(BatchNorm, nn.BatchNorm1d):
+    pass
+
+
+class FastBatchNorm2d(BatchNorm, nn.BatchNorm2d):
+    pass
+
+
+class FastBatchNorm3d(BatchNorm, nn.BatchNorm3d):
+    pass
+
+
+class Conv:
+    """Mixed into PyTorch's convolutions: three Functions that are one another's gradients.
+
+    channels_last  bring the input to that layout first; False: the layout of the input stays, as PyTorch has it
+    """
+
+    channels_last = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        dimensions = len(self.kernel_size)
+        if not _plain_eager(x) or x.ndim != dimensions + 2 or isinstance(self.padding, str):
+            return super().forward(x)
+        if self.channels_last and x.ndim == 4:
+            x = _channels_last(x)
+        tensors = (x, self.weight, self.bias)
+        kind = x.device.type
+        if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+            to = torch.get_autocast_dtype(kind)
+            tensors = [None if t is None else t.to(to) for t in tensors]
+        how = (self.stride, self.padding, self.dilation, False, (0,) * dimensions, self.groups)
+        return Convolution.apply(*tensors, how)
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    """With one channel both layouts are the same numbers, and `contiguous` would leave the other one's strides."""
+    if x.shape[1] == 1:
+        return x.contiguous().squeeze(1).unsqueeze(-1).movedim(-1, 1)
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+class FastConv1d(Conv, nn.Conv1d):
+    pass
+
+
+class FastConv2d(Conv, nn.Conv2d):
+    pass
+
+
+class FastConv3d(Conv, nn.Conv3d):
+    pass
+
+
+class FastSequential(nn.Sequential):
+    """Takes a batch normalisation and the ReLU after it in one pass, unless a hook watches either."""
+
+    def forward(self, x):
+        layers, at = list(self), 0
+        while at < len(layers):
+            following = layers[at + 1] if at + 1 < len(layers) else None
+            fused = isinstance(layers[at], BatchNorm) and type(following) is nn.ReLU and not _watched(following)
+            x = norm_relu(layers[at], x) if fused else layers[at](x)
+            at += 2 if fused else 1
+        return x
+
+
+def _watched(module: nn.Module) -> bool:
+    """Whether a call of the module does more than its forward."""
+    own = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(own) or torch_module._has_any_global_hook()
+
+
+def _plain_eager(x) -> bool:
+    return (
+        type(x) is Tensor
+        and x.layout == torch.strided
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and forward_ad._current_level < 0
+    )

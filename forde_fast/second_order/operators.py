@@ -1,0 +1,45 @@
+"""The registered operations of a batch normalisation: schemas, and shapes for tracing. C++ registers for CPU tensors,
+the Triton kernels for CUDA tensors; `reference` has the same functions in plain PyTorch, with the formulas."""
+
+import torch
+
+from forde_fast import operators
+
+library = torch.library.Library("forde_fast", "FRAGMENT")
+_LAYER = "Tensor statistics, Tensor? weight, Tensor? bias, bool relu"
+
+library.define("norm_statistics(Tensor x, float eps) -> Tensor")
+library.define(f"norm_forward(Tensor x, Tensor? residual, {_LAYER}) -> Tensor")
+library.define(f"norm_backward_sums(Tensor g, Tensor x, Tensor? z, {_LAYER}) -> Tensor")
+library.define(
+    f"norm_backward(Tensor g, Tensor x, Tensor? z, {_LAYER}, Tensor sums, bool residual) -> (Tensor, Tensor)"
+)
+library.define(f"norm_double_sums(Tensor u, Tensor g, Tensor x, Tensor? z, {_LAYER}) -> Tensor")
+library.define(
+    f"norm_double_backward(Tensor u, Tensor? u_residual, Tensor? v, Tensor g, Tensor x, Tensor? z, {_LAYER},"
+    " Tensor sums, Tensor double_sums) -> (Tensor, Tensor)"
+)
+
+
+def _sums(x, rows):
+    return x.new_empty((rows, x.shape[1]), dtype=torch.float64)
+
+
+torch.library.register_fake("forde_fast::norm_statistics", lambda x, eps: _sums(x, 4))
+torch.library.register_fake("forde_fast::norm_forward", lambda x, *rest: torch.empty_like(x))
+torch.library.register_fake("forde_fast::norm_backward_sums", lambda g, x, *rest: _sums(x, 2))
+torch.library.register_fake("forde_fast::norm_double_sums", lambda u, g, x, *rest: _sums(x, 3))
+
+
+@torch.library.register_fake("forde_fast::norm_backward")
+def _(g, x, z, statistics, weight, bias, relu, sums, residual):
+    return torch.empty_like(x), torch.empty_like(x) if residual else x.new_empty(0)
+
+
+@torch.library.register_fake("forde_fast::norm_double_backward")
+def _(u, u_residual, v, g, x, *rest):
+    return torch.empty_like(x), torch.empty_like(x)
+
+
+# device type -> types of x that its kernels take
+TYPES: dict[str, tuple[torch.dtype, ...]] = {"cpu": () if operators.UNUSABLE["cpp"] else (torch.float32, torch.float64)}
