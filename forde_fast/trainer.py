@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from forde_fast import validation
+from forde_fast import second_order, validation
 from forde_fast.ensemble import Ensemble, evaluation_mode
 from forde_fast.methods import Method, resolve
 from forde_fast.repulsion import check_backend, repulsion
@@ -257,13 +257,16 @@ class Trainer:
                       weight_decay are then its own, and a schedule multiplies its learning rates
     loss              (outputs, y) -> [], mean over the batch
     seed              of what is random in `fit` (dropout); the loader has its own
+    accelerate        swap in layers with a fast second-order pass (see `forde_fast.accelerate`, whose report is
+                      `acceleration`); False: leave the ensemble's layers as they are
     """
 
     def __init__(self, ensemble: Ensemble, method: str | Method = "forde", lengthscale=None,
                  repulsion_weight: float = 1.0, eps: float = 1e-24, backend: str = "auto", lr: float = 0.1,
                  momentum: float = 0.9, nesterov: bool = True, weight_decay: float = 5e-4,
                  optimizer: Callable[[Iterable], torch.optim.Optimizer] | None = None,
-                 loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy, seed: int = 0):  # fmt: skip
+                 loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy, seed: int = 0,
+                 accelerate: bool = True):  # fmt: skip
         expect(isinstance(ensemble, Ensemble), "ensemble", "an Ensemble", type(ensemble).__name__, TypeError)
         for name, value in (
             ("repulsion_weight", repulsion_weight),
@@ -282,6 +285,7 @@ class Trainer:
         expect(given, "optimizer", "a callable that takes parameters", type(optimizer).__name__, TypeError)
         validation.whole(seed, "seed", least=0)
         self.ensemble = ensemble
+        self.acceleration = second_order.accelerate(ensemble) if accelerate else second_order.Acceleration()
         self.objective = Objective(resolve(method), lengthscale, repulsion_weight, eps, backend, loss)
         self.sgd = SGD(lr, momentum, nesterov, weight_decay)
         self.velocity = torch.zeros_like(ensemble.flat)

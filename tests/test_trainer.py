@@ -163,7 +163,7 @@ def test_one_member_is_a_plain_loop(sgd, method):
     data = batches(6)
     torch.manual_seed(11)
     model = net(dropout=0.3)
-    trainer = ff.Trainer(ff.Ensemble(lambda: net(dropout=0.3), 1, seed=11), method, **sgd)
+    trainer = ff.Trainer(ff.Ensemble(lambda: net(dropout=0.3), 1, seed=11), method, accelerate=False, **sgd)
     torch.manual_seed(5)
     plain_loop([model], data, **sgd)
     torch.manual_seed(5)
@@ -177,7 +177,7 @@ def test_one_member_is_a_plain_loop(sgd, method):
 def test_without_repulsion_members_are_independent_plain_loops(options):
     ensemble = ff.Ensemble(lambda: net(dropout=0.3), 3, seed=2)
     models = [copy.deepcopy(member) for member in ensemble.members]
-    data, trainer = batches(6), ff.Trainer(ensemble, **options)
+    data, trainer = batches(6), ff.Trainer(ensemble, accelerate=False, **options)
     torch.manual_seed(5)
     plain_loop(models, data)
     torch.manual_seed(5)
@@ -200,7 +200,7 @@ def test_logged_cross_entropy_is_summed_over_members():
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 def test_update_is_the_trainers_step_and_changes_nothing_else(dropout):
     ensemble = ff.Ensemble(lambda: net(dropout), 3)
-    trainer = ff.Trainer(copy.deepcopy(ensemble), repulsion_weight=3.0, lr=0.05)
+    trainer = ff.Trainer(copy.deepcopy(ensemble), repulsion_weight=3.0, lr=0.05, accelerate=False)
     state, kept = init(ensemble), state_of(ensemble)
     for step, (x, y) in enumerate(batches(12)):
         before = copy.deepcopy(state)
@@ -313,7 +313,7 @@ def test_pull_back_is_exact(make, score):
 def test_batchnorm_is_in_training_mode_and_updated_once():
     ensemble = ff.Ensemble(net, 3).eval()
     once = copy.deepcopy(ensemble).train()
-    trainer, (x, y) = ff.Trainer(ensemble), batch()
+    trainer, (x, y) = ff.Trainer(ensemble, accelerate=False), batch()
     trainer.step(x, y)
     once(x)
     for member, other in zip(ensemble.members, once.members, strict=True):
@@ -492,7 +492,7 @@ def test_adam_is_adam_on_each_module():
     ensemble = ff.Ensemble(net, 3)
     twin = copy.deepcopy(ensemble)
     data = batches(12)
-    trainer = ff.Trainer(ensemble, optimizer=lambda parameters: torch.optim.Adam(parameters, lr=1e-2))
+    trainer = ff.Trainer(ensemble, optimizer=lambda p: torch.optim.Adam(p, lr=1e-2), accelerate=False)
     adams = [torch.optim.Adam(member.parameters(), lr=1e-2) for member in twin.members]
     for step, (x, y) in enumerate(data):
         g, _ = gradient(twin, twin.flat, None, x, y, trainer.objective)
@@ -535,7 +535,7 @@ def test_fit_is_a_plain_loop_at_the_schedules_rates(schedule):
     ensemble = ff.Ensemble(net, 2)
     models = [copy.deepcopy(member) for member in ensemble.members]
     data, seen = batches(3), []
-    trainer = ff.Trainer(ensemble, "de")
+    trainer = ff.Trainer(ensemble, "de", accelerate=False)
     trainer.fit(data, 10, schedule, on_step=lambda epoch, log: seen.append((epoch, float(log.cross_entropy))))
     rates = [schedule(epoch / 10) for epoch in range(10) for _ in data]
     assert_same_networks(ensemble, plain_loop(models, data * 10, rates))

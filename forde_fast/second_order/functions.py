@@ -10,7 +10,6 @@ import functools
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from forde_fast.second_order import reference
 
@@ -48,23 +47,25 @@ def alone(sums: Tensor) -> Tensor:
 
 @batchable
 class Norm(Function):
-    """x, weight, bias, residual, constants (None: statistics of x), ... -> z, statistics [4, C].
+    """x, weight, bias, residual, mean and variance (None: those of x), ... -> z, statistics [4, C].
 
     reduce  [rows, C] -> [rows, C], adds per-channel sums over ranks, in all three passes
     """
 
     @staticmethod
-    def compute(kernels, x, weight, bias, residual, constants, eps, relu, reduce):
-        statistics = constants
-        if constants is None:
+    def compute(kernels, x, weight, bias, residual, mean, variance, eps, relu, reduce):
+        if mean is None:
             statistics = _over_ranks(kernels.norm_statistics(x, eps), eps, reduce)
+        else:
+            mean, variance = mean.double(), variance.double()
+            statistics = torch.stack([mean, (variance + eps).rsqrt(), torch.zeros_like(mean), variance])
         return kernels.norm_forward(x, residual, statistics, weight, bias, relu), statistics
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, weight, bias, residual, constants, _, ctx.relu, reduce = inputs
+        x, weight, bias, residual, mean, _, _, ctx.relu, reduce = inputs
         z, statistics = output
-        ctx.reduce = alone if constants is not None else reduce
+        ctx.reduce = reduce if mean is None else alone
         ctx.residual = residual is not None
         ctx.mark_non_differentiable(statistics)
         ctx.set_materialize_grads(False)
@@ -74,13 +75,13 @@ class Norm(Function):
     @staticmethod
     def backward(ctx, g, _):
         if g is None:
-            return (None,) * 8
+            return (None,) * 9
         x, weight, bias, z, statistics = ctx.saved_tensors
         layer = (x, weight, bias, z, statistics, ctx.relu, ctx.residual, ctx.reduce)
         dx, (db, dw), _, *dresidual = NormBackward.apply(g, *layer)
         dw = None if weight is None else dw.to(weight.dtype)
         db = None if bias is None else db.to(bias.dtype)
-        return dx, dw, db, dresidual[0] if ctx.residual else None, None, None, None, None
+        return dx, dw, db, dresidual[0] if ctx.residual else None, None, None, None, None, None
 
 
 def _over_ranks(statistics: Tensor, eps: float, reduce) -> Tensor:
@@ -126,7 +127,10 @@ class NormBackward(Function):
 
 @batchable
 class NormDoubleBackward(Function):
-    """u, v [2, C], u_residual: cotangents of NormBackward's results -> those of its g, x and weight."""
+    """u, v [2, C], u_residual: cotangents of NormBackward's results -> those of its g, x and weight.
+
+    A Function for its rule under vmap.
+    """
 
     @staticmethod
     def compute(kernels, u, v, u_residual, g, x, weight, bias, z, statistics, own, sums, relu, reduce):
@@ -145,9 +149,8 @@ class NormDoubleBackward(Function):
         pass
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, *cotangents):
-        raise AssertionError  # a Function only for its rule under vmap: once_differentiable speaks first
+        raise RuntimeError("a batch normalisation here is differentiable twice, a third derivative was asked for")
 
 
 class Convolution(Function):

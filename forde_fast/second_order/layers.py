@@ -23,7 +23,7 @@ def norm_relu(norm: nn.Module, x: Tensor, residual: Tensor | None = None) -> Ten
 
 
 class BatchNorm:
-    """Mixed into PyTorch's batch normalisations: kernels for both orders, and with ReLU and residual in the same pass.
+    """Mixed into PyTorch's batch normalisations: kernels for both orders, with ReLU and residual in the same pass.
 
     reduce  [rows, C] -> [rows, C] in float64: adds per-channel sums over ranks in all three passes
     """
@@ -49,9 +49,8 @@ class BatchNorm:
     def normalise(self, x: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
         self._check_input_dim(x)
         tracked = self.running_mean is not None
-        training = self.training or not tracked
-        constants = None if training else _constants(self.running_mean, self.running_var, self.eps)
-        z, statistics = Norm.apply(x, self.weight, self.bias, residual, constants, self.eps, relu, self.reduce)
+        constants = (None, None) if self.training or not tracked else (self.running_mean, self.running_var)
+        z, statistics = Norm.apply(x, self.weight, self.bias, residual, *constants, self.eps, relu, self.reduce)
         if self.training and tracked:
             self._track(statistics)
         return z
@@ -65,11 +64,6 @@ class BatchNorm:
         mean, _, share, variance = statistics
         for running, now in ((self.running_mean, mean), (self.running_var, variance / (1 - share))):
             running.lerp_(now.to(running.dtype), momentum or 0.0)
-
-
-def _constants(mean: Tensor, variance: Tensor, eps: float) -> Tensor:
-    mean, variance = mean.detach().double(), variance.detach().double()
-    return torch.stack([mean, (variance + eps).rsqrt(), torch.zeros_like(mean), variance])
 
 
 class FastBatchNorm1d(BatchNorm, nn.BatchNorm1d):

@@ -42,4 +42,6 @@ def _(u, u_residual, v, g, x, *rest):
 
 
 # device type -> types of x that its kernels take
-TYPES: dict[str, tuple[torch.dtype, ...]] = {"cpu": () if operators.UNUSABLE["cpp"] else (torch.float32, torch.float64)}
+TYPES: dict[str, tuple[torch.dtype, ...]] = {
+    "cpu": () if operators.UNUSABLE["cpp"] else (torch.float32, torch.float64)
+}
