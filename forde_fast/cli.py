@@ -127,7 +127,7 @@ def _bench(command):
     shapes = ", ".join((*benchmark.SHAPES, *benchmark.GROUPS))
     where = benchmark.default_device()
     command.add_argument("--shapes", default=benchmark.DEFAULT_SHAPES, help=f"{shapes}, MxBxD; default: %(default)s")
-    command.add_argument("--lengthscales", help="identity, pca, rankK; default: those that suit D")
+    command.add_argument("--lengthscales", help="identity, pca, rankK, cosine; default: those that suit D")
     command.add_argument("--providers", default=",".join(benchmark.PROVIDERS), help="default: %(default)s")
     command.add_argument("--rounds", type=int, default=15, help="at most; default: %(default)s")
     command.add_argument("--device", default=where, choices=("cpu", "cuda"))

@@ -30,11 +30,11 @@ def load_report():
 
 
 def test_every_provider_has_a_time_or_a_reason(capsys):
-    chosen = ["--shapes", "3x4x64", "--lengthscales", "identity,pca,rank5"]
+    chosen = ["--shapes", "3x4x64", "--lengthscales", "identity,pca,rank5,cosine"]
     status, printed = bench_command(capsys, *chosen, "--providers", f"reference,{FAST},triton", "--json")
     rows = json.loads(printed)
     assert status == 0
-    assert {row["lengthscale"] for row in rows} == {"identity", "pca", "rank5"}
+    assert {row["lengthscale"] for row in rows} == {"identity", "pca", "rank5", "cosine"}
     for row in rows:
         if row["provider"] == "triton":
             assert row["left_out"]
@@ -106,7 +106,8 @@ def test_what_does_not_fit_is_left_out(monkeypatch):
     [
         (["--shapes", "mnist"], "shapes: expected MxBxD with M > 1, or one of digits, "),
         (["--shapes", "1x2x3"], "shapes: "),
-        (["--lengthscales", "cosine"], "lengthscales: expected identity, pca or rankK, got 'cosine'"),
+        (["--lengthscales", "sine"], "lengthscales: expected identity, pca, rankK or cosine, got 'sine'"),
+        (["--shapes", "2x2x10", "--lengthscales", "cosine"], "lengthscales: expected cosine only with D of 64, 784"),
         (["--shapes", "2x2x10", "--lengthscales", "rank6"], "lengthscales: expected a rank from 1 to D / 2 = 5"),
         (["--providers", "numpy"], "providers: expected one of reference, compiled, cpp"),
         (["--rounds", "0"], "rounds: expected a whole number >= 1"),

@@ -53,7 +53,7 @@ def bench(
     """Measure one case after the other; ValueError for a selection that is none, before any work.
 
     shapes        "cifar,50x128x3072": names of SHAPES or GROUPS, or MxBxD
-    lengthscales  "identity,pca,rank256"; by default those that suit D
+    lengthscales  "identity,pca,rank256,cosine"; by default the first three, where they suit D
     providers     of PROVIDERS
     rounds        at most so many; a slow provider has fewer, at least 5
     precision     of products of float32 matrices: "ieee", or "tf32" (the default on a GPU)

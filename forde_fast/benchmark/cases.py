@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from forde_fast.lengthscales import PCA
+from forde_fast.lengthscales import PCA, Cosine
 from forde_fast.validation import expect, one_of
 
 Shape = tuple[int, int, int]  # M, B, D
@@ -19,6 +19,7 @@ SHAPES: dict[str, Shape] = {
     "imagenet": (10, 256, 150528),
     "weights": (10, 1, 11_173_962),  # of a ResNet18
 }
+IMAGES = {64: (1, 8, 8), 784: (1, 28, 28), 3072: (3, 32, 32), 12288: (3, 64, 64), 150528: (3, 224, 224)}  # by D
 GROUPS = {
     "all": tuple(SHAPES),
     "sweep-M": tuple(f"{m}x128x3072" for m in (2, 3, 5, 10, 20, 50, 128)),
@@ -53,17 +54,16 @@ FULL_BASIS = {"cpu": 4096, "cuda": 16384}  # the largest D whose D x D basis is 
 
 class Case(NamedTuple):
     shape: Shape
-    lengthscale: str  # "identity", "pca" (of full rank) or "rankK"
+    lengthscale: str  # "identity", "pca" (of full rank), "rankK" or "cosine"
     device: str = "cpu"
     dtype: str = "float32"
     precision: str = "ieee"  # of products of float32 matrices: "ieee" or "tf32"
 
     @property
     def rank(self) -> int:
-        """Columns of the basis: 0 for the identity."""
-        if self.lengthscale.startswith("rank"):
-            return int(self.lengthscale[4:])
-        return {"identity": 0, "pca": self.shape[2]}[self.lengthscale]
+        """Columns of the basis: 0 where there is none."""
+        kind = self.lengthscale
+        return int(kind[4:]) if kind.startswith("rank") else self.shape[2] if kind == "pca" else 0
 
 
 def make_cases(shapes: str, lengthscales: str | None, device: str, dtype: str, precision: str) -> list[Case]:
@@ -96,18 +96,24 @@ def _that_suit(size: int, device: str) -> list[str]:
 
 def _check_lengthscale(kind: str, size: int) -> None:
     rank = kind.removeprefix("rank")
-    expect(kind in ("identity", "pca") or rank.isdecimal(), "lengthscales", "identity, pca or rankK", repr(kind))
+    known = kind in ("identity", "pca", "cosine") or rank.isdecimal()
+    expect(known, "lengthscales", "identity, pca, rankK or cosine", repr(kind))
     # with more columns one product with C is fewer operations than two thin ones, and that is "pca"
     low = not rank.isdecimal() or 1 <= int(rank) <= size // 2
     expect(low, "lengthscales", f"a rank from 1 to D / 2 = {size // 2}", kind)
+    image = kind != "cosine" or size in IMAGES
+    expect(image, "lengthscales", f"cosine only with D of {', '.join(map(str, IMAGES))}", f"D = {size}")
 
 
-def make_lengthscale(case: Case) -> PCA | None:
-    """A random orthonormal basis on the case's device, with eigenvalues from 100 down to 0.01 as images have."""
+def make_lengthscale(case: Case) -> PCA | Cosine | None:
+    """Weights from 100 down to 0.01, as images have, along a random orthonormal basis on the case's device or along
+    the cosines."""
     size, rank = case.shape[2], case.rank
+    weights = torch.logspace(2, -2, size, dtype=torch.float64, device=case.device)
+    if case.lengthscale == "cosine":
+        return Cosine(weights.view(IMAGES[size]))
     if rank == 0:
         return None
     basis = torch.linalg.qr(torch.randn(size, rank, dtype=torch.float64, device=case.device))[0]
-    eigenvalues = torch.logspace(2, -2, size, dtype=torch.float64, device=case.device)
-    tail = float(eigenvalues[rank] + eigenvalues[-1]) / 2 if rank < size else 0.0
-    return PCA(basis, eigenvalues[:rank], tail)
+    tail = float(weights[rank] + weights[-1]) / 2 if rank < size else 0.0
+    return PCA(basis, weights[:rank], tail)

@@ -4,6 +4,7 @@ On a CPU it is measured, in the same rounds:
 
     a basis of full rank  the product of the M B rows with a D x D matrix, alone
     a thin basis          the two products with it, alone
+    the cosines           the products along every axis of an image, there and back, alone
     the identity          reading the particles and writing a fresh output of their size (a clone); where the M rows
                           of a sample do not stay on the chip between distances and gradient, reading them once more
                           (a sum)
@@ -21,7 +22,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from forde_fast.benchmark.cases import DTYPES, Case
+from forde_fast.benchmark.cases import DTYPES, IMAGES, Case
 from forde_fast.timing import interleaved, quantiles
 
 ON_CHIP = {"cpu": 512 << 10, "cuda": 227 << 10}  # bytes: level-2 cache of a core, shared memory of a multiprocessor
@@ -32,7 +33,8 @@ def count(case: Case) -> tuple[int, int, int]:
 
     The gradient is written once. The particles are read once where nothing forces a second reading: with a basis of
     full rank (which is read too), or where a sample's rows stay on the chip; else twice, and a thin basis with them.
-    A pair costs 8 FLOP per column: 3 for its distance, 5 for its part in two gradients.
+    The cosines' products are one small matrix per axis of an image, there and back. A pair costs 8 FLOP per column: 3
+    for its distance, 5 for its part in two gradients.
     """
     (members, batch, size), rank = case.shape, case.rank
     element = DTYPES[case.dtype].itemsize
@@ -42,7 +44,8 @@ def count(case: Case) -> tuple[int, int, int]:
         return 2 * data + basis, 2 * members * batch * size * size, pairs
     if rank:
         return 3 * data + 2 * basis, 4 * members * batch * size * rank, pairs
-    return (2 if _stays_on_chip(case) else 3) * data, 0, pairs
+    products = 4 * members * batch * size * sum(IMAGES[size]) if case.lengthscale == "cosine" else 0
+    return (2 if _stays_on_chip(case) else 3) * data, products, pairs
 
 
 def _stays_on_chip(case: Case) -> bool:
@@ -63,6 +66,8 @@ def floor_of(case: Case, particles: Tensor, scale) -> tuple[str, Callable[[], ob
             return "clone", particles.clone
         return "sum and clone", lambda: (particles.sum(), particles.clone())
     rows = particles.flatten(0, 1).to(torch.promote_types(particles.dtype, torch.float32))
+    if case.lengthscale == "cosine":
+        return "products along the axes", lambda: scale.product(rows)
     basis = scale.eigenvectors.to(rows)
     if case.rank == case.shape[2]:
         return "product", lambda: rows @ basis

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from forde_fast import reference
 from forde_fast.benchmark.cases import DTYPES, Case
+from forde_fast.lengthscales import PCA
 from forde_fast.repulsion import available_backends, repulsion
 from forde_fast.testing import budget
 from forde_fast.types import Repulsion
@@ -52,7 +53,7 @@ def make_provider(name: str, particles: Tensor, scale) -> Callable[[], Repulsion
         return lambda: repulsion(particles, scale, backend=name)
     wide = torch.promote_types(particles.dtype, torch.float32)
     ready = copy.copy(scale)
-    if ready is not None:  # the basis brought to its dtype once, not in every call
+    if isinstance(ready, PCA):  # the basis brought to its dtype once, not in every call
         ready.eigenvectors, ready.eigenvalues = scale.eigenvectors.to(wide), scale.eigenvalues.to(wide)
     if name == "reference":
         return lambda: reference.repulsion(particles, ready)
