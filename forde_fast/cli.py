@@ -11,7 +11,14 @@ import sys
 from pathlib import Path
 
 METRICS = {"accuracy": "A", "nll": "NLL", "ece": "ECE"}  # in tables as the paper has them: A, cA, cNLL, ...
-PREFIX = {"clean": "", "corrupted": "c", "corrupted_grey": "g"}
+PREFIX = {"clean": "", "validation": "v", "corrupted": "c", "corrupted_all": "a", "corrupted_grey": "g"}
+LEGEND = {
+    "clean": "no prefix: clean test images",
+    "validation": "v: validation images",
+    "corrupted": "c: mean over corruptions at CIFAR-10-C's severities",
+    "corrupted_all": "a: the same, over all corruptions in the folder and not only the standard 15",
+    "corrupted_grey": "g: mean over corruptions at severities for grey images, which CIFAR-10-C's hardly touch",
+}
 COMPARED = "de,forde-identity,forde-pca,forde-tuned"
 
 
@@ -266,9 +273,8 @@ def _show(options, results: dict[str, dict], folder) -> int:
         scores = [(metric, metrics[group][metric]) for group in shown for metric in METRICS]
         rows.append((name, *(f"{100 * s:.1f}" if metric == "accuracy" else f"{s:.3f}" for metric, s in scores)))
     _table("Accuracy in %, negative log-likelihood, calibration error of the ensemble's mean", head, rows)
-    print("no prefix: clean test images   c: mean over corruptions at CIFAR-10-C's severities")
-    if "corrupted_grey" in shown:
-        print("g: mean over corruptions at severities for grey images, which CIFAR-10-C's hardly touch")
+    for group in shown:
+        print(LEGEND[group])
     print(f"Runs and figures: {folder}")
     return 0
 

@@ -26,10 +26,12 @@ class TrainConfig:
     """
 
     data: str = "fashion-mini"
-    data_dir: str | None = None  # the folder of a data set that does not come with the package
+    data_dir: str | None = None  # the folder or file of a data set that does not come with the package
     download: bool = False  # fetch it where it has a public address
     train_size: int | None = None  # only the first so many training images
     test_size: int | None = None  # only the first so many test images, each scored under every corruption
+    validation: float = 0.0  # share of each class's training images held out, and scored after every epoch
+    corrupted_dir: str | None = None  # CIFAR-10-C's folder, or one like it, in place of corruptions made here
     model: str = "mlp"
     width: int | None = None  # of the model's layers; its own by default
     members: int = 5
@@ -64,14 +66,18 @@ class TrainConfig:
         validation.positive(self.lr, "lr")
         validation.positive(self.weight_decay, "weight_decay", allow_zero=True)
         validation.positive(self.repulsion_weight, "repulsion_weight", allow_zero=True)
+        expect(0 <= self.validation < 1, "validation", "a share from 0 to below 1", self.validation)
         expect(0 <= self.alpha <= 1, "alpha", "a number from 0 to 1", self.alpha)
+        image_model = f"mlp, the only one for features of --data {self.data}"
+        expect(self.data != "table" or self.model == "mlp", "model", image_model, self.model)
+        expect(self.data != "table" or not self.augment, "augment", "no augmentation of features", self.augment)
         if self.backend != "auto":
             backend = available_backends()[self.backend]
             expect(bool(backend), "backend", "one that is usable here", f"{self.backend}: {backend}")
 
 
 # What does not change what a run computes, and may be another when it is resumed.
-MOVABLE = ("data_dir", "download", "checkpoint_every", "device", "out")
+MOVABLE = ("data_dir", "corrupted_dir", "download", "checkpoint_every", "device", "out")
 
 FIELDS = {field.name: field for field in dataclasses.fields(TrainConfig)}
 

@@ -3,7 +3,7 @@
 Everything is computed in float64 on the CPU, whatever device and dtype the probabilities come in.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
@@ -58,7 +58,11 @@ def uncertainty(member_probs: Array) -> dict[str, Tensor]:
     difference: the mutual information of label and member, from 0 to log M (Depeweg et al. 2018). Errors as
     in `score`.
     """
-    members = as_probs(member_probs, "member_probs", "M, B, K").double()
+    return decompose(as_probs(member_probs, "member_probs", "M, B, K").double())
+
+
+def decompose(members: Tensor) -> dict[str, Tensor]:
+    """`uncertainty` of probabilities [M, B, K] that need no check, in their dtype and on their device."""
     total = torch.special.entr(members.mean(0)).sum(1)
     aleatoric = torch.special.entr(members).sum(2).mean(0)
     # zero for members that agree, where the difference of two roundings may be negative
@@ -90,16 +94,24 @@ def evaluate_corruptions(
     _check_choices("severities", severities)
     for name in names:
         one_of(name, "names", CORRUPTIONS)
-    by_corruption = {}
-    for name in names:
-        by_corruption[name] = {}
-        for severity in severities:
-            corrupted = corrupt(images, name, severity, seed=seed, preset=preset)
-            scores = score_members(member_probs_of(corrupted), labels)
-            by_corruption[name][severity] = scores["ensemble"]
-    everything = [scores for severity in by_corruption.values() for scores in severity.values()]
-    means = {metric: sum(scores[metric] for scores in everything) / len(everything) for metric in METRICS}
-    return {**means, "by_corruption": by_corruption}
+    made = ((n, s, corrupt(images, n, s, seed=seed, preset=preset), labels) for n in names for s in severities)
+    return score_corrupted(member_probs_of, made)
+
+
+def score_corrupted(member_probs_of: Callable[[Array], Array], corrupted: Iterable[tuple]) -> dict:
+    """Score an ensemble's mean on what `corrupted` yields, (name, severity, images, labels), such as
+    `data.CorruptedFiles`; returns what `evaluate_corruptions` does, which makes its own."""
+    by_corruption: dict[str, dict] = {}
+    for name, severity, images, labels in corrupted:
+        scores = score_members(member_probs_of(images), labels)
+        by_corruption.setdefault(name, {})[severity] = scores["ensemble"]
+    return {**mean_scores(by_corruption, by_corruption), "by_corruption": by_corruption}
+
+
+def mean_scores(by_corruption: dict, names: Iterable[str]) -> dict[str, float]:
+    """The mean of each metric over all severities of the corruptions `names`."""
+    everything = [scores for name in names for scores in by_corruption[name].values()]
+    return {metric: sum(scores[metric] for scores in everything) / len(everything) for metric in METRICS}
 
 
 def _score(probs: Tensor, labels: Tensor, dtype: torch.dtype) -> dict[str, float]:

@@ -13,6 +13,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,19 +21,20 @@ from forde_fast import config as configuration
 from forde_fast import models, plots
 from forde_fast.checkpoint import Checkpoints, load_ensemble, save_ensemble
 from forde_fast.config import TrainConfig
-from forde_fast.data import Loader, Normalisation, load
+from forde_fast.data import CorruptedFiles, Loader, Normalisation, load, stratified
+from forde_fast.data.cifar import STANDARD
 from forde_fast.ensemble import Ensemble
-from forde_fast.evaluation import evaluate_corruptions, score_members
+from forde_fast.evaluation import METRICS, evaluate_corruptions, mean_scores, score_corrupted, score_members
 from forde_fast.files import write
 from forde_fast.methods import METHODS, RECIPES
 from forde_fast.signals import Interrupted, StopSignals
 from forde_fast.spaces import InputGradients
 from forde_fast.trainer import Log, Trainer
 from forde_fast.validation import expect
-from forde_fast.watching import JSONLines, Progress
+from forde_fast.watching import JSONLines, Progress, append_line, keep_lines
 
 CORRUPTIONS = ("gaussian_noise", "shot_noise", "gaussian_blur", "contrast", "brightness", "pixelate")
-FILES = ("config.toml", "log.jsonl", "checkpoints", "checkpoint.safetensors", "metrics.json")
+FILES = ("config.toml", "log.jsonl", "epochs.jsonl", "checkpoints", "checkpoint.safetensors", "metrics.json")
 
 
 class Run:
@@ -53,9 +55,21 @@ class Run:
             expect(size is None or size <= len(images), f"{part}_size", f"<= {len(images)}", size)
             parts += [images[:size], labels[:size]]
         self.images, self.labels, self.test_images, self.test_labels = parts
-        self.normalisation = Normalisation.fit(self.images)
-        channels = self.images.shape[3] if self.images.ndim == 4 else 1
-        shape = (channels, *self.images.shape[1:3])
+        rest, held = (torch.arange(len(self.labels)), torch.arange(0))
+        if config.validation:
+            rest, held = map(torch.from_numpy, stratified(self.labels.numpy(), config.validation, config.seed))
+        self.valid_images, self.valid_labels = self.images[held], self.labels[held]
+        self.images, self.labels = self.images[rest], self.labels[rest]
+        self.normalisation = self.data.normalisation or Normalisation.fit(self.images)
+        if self.data.table:
+            shape = (self.images.shape[1], 1, 1)
+        else:
+            shape = (self.images.shape[3] if self.images.ndim == 4 else 1, *self.images.shape[1:3])
+        self.corrupted_files = None
+        if config.corrupted_dir is not None:
+            expect(not self.data.table, "corrupted_dir", "none for a table of features", config.corrupted_dir)
+            pixels, classes = tuple(self.images.shape[1:]), len(self.data.classes)
+            self.corrupted_files = CorruptedFiles(config.corrupted_dir, pixels, classes)
         self.ensemble = Ensemble(
             lambda: models.make(config.model, len(self.data.classes), shape, config.width),
             config.members,
@@ -155,26 +169,52 @@ class Run:
                 if stop.number:
                     raise Interrupted(stop.number)
 
+            def on_epoch(epoch: int, mean: Log) -> None:
+                numbers = {"step": trainer.steps, "epoch": epoch, "cross_entropy": float(mean.cross_entropy)}
+                if len(self.valid_labels):
+                    scores = self._validate()
+                    numbers |= {f"validation_{name}": scores[name] for name in METRICS}
+                append_line(self.folder / "epochs.jsonl", numbers)
+                keep()
+
+            keep_lines(
+                self.folder / "epochs.jsonl", trainer.steps if trainer.position.batch == 0 else trainer.steps - 1
+            )
             stop.waits = True
-            trainer.fit(loader, self.config.epochs, on_step=on_step, on_epoch=lambda epoch, log: keep())
+            trainer.fit(loader, self.config.epochs, on_step=on_step, on_epoch=on_epoch)
             stop.waits = False
         return time.perf_counter() - start
 
     def evaluate(self) -> dict:
-        """Scores on the clean test images and under corruption, at CIFAR-10-C's severities and, for grey images,
-        at a harder preset (CIFAR-10-C's hardly touch them)."""
+        """Scores on clean validation and test images, and under corruption.
+
+        The corruptions are those of `corrupted_dir` (their mean is over the standard 15 as "corrupted" and over
+        all that are there as "corrupted_all"), else made here at CIFAR-10-C's severities and, for grey images,
+        at a harder preset (CIFAR-10-C's hardly touch them).
+        """
         metrics = {"clean": _flat(score_members(self.predict(self.test_images), self.test_labels))}
-        presets = {"corrupted": "cifar"}
-        if self.test_images.ndim == 3:
-            presets["corrupted_grey"] = "grey"
-        for group, preset in presets.items():
-            metrics[group] = evaluate_corruptions(
-                self.predict, self.test_images, self.test_labels, CORRUPTIONS, preset=preset
-            )
+        if len(self.valid_labels):
+            metrics["validation"] = self._validate()
+        if self.corrupted_files is not None:
+            found = score_corrupted(self.predict, self.corrupted_files)
+            by_name = found["by_corruption"]
+            standard = [name for name in by_name if name in STANDARD] or list(by_name)
+            metrics["corrupted"] = {**found, **mean_scores(by_name, standard)}
+            metrics["corrupted_all"] = mean_scores(by_name, by_name)
+        elif not self.data.table:
+            presets = {"corrupted": "cifar"} | ({"corrupted_grey": "grey"} if self.test_images.ndim == 3 else {})
+            for group, preset in presets.items():
+                metrics[group] = evaluate_corruptions(
+                    self.predict, self.test_images, self.test_labels, CORRUPTIONS, preset=preset
+                )
         return metrics
 
-    def predict(self, images: Tensor) -> Tensor:
-        """uint8 images [N, H, W] or [N, H, W, C] -> the members' probabilities [M, N, K]."""
+    def _validate(self) -> dict:
+        return _flat(score_members(self.predict(self.valid_images), self.valid_labels))
+
+    def predict(self, images: Tensor | np.ndarray) -> Tensor:
+        """uint8 images [N, H, W] or [N, H, W, C], or features -> the members' probabilities [M, N, K]."""
+        images = torch.from_numpy(np.array(images)) if isinstance(images, np.ndarray) else images
         return self.ensemble.predict_members(self.normalisation(images).to(self.device)).cpu()
 
     def log(self) -> list[dict]:
@@ -183,6 +223,8 @@ class Run:
 
     def _draw(self) -> None:
         plots.training(self.log(), self.folder / "training.png")
+        if self.data.table:
+            return
         shown = slice(0, 12)
         images, labels = self.test_images[shown], self.test_labels[shown]
         plots.predictions(

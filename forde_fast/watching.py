@@ -56,6 +56,14 @@ class JSONLines:
             self._file.close()
 
 
+def append_line(path: str | Path, record: dict) -> None:
+    """One more line at the end of a file of JSON lines, on the disk when this returns."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def keep_lines(path: str | Path, steps: int) -> None:
     """Cut a file of JSON lines off after the last whole one whose "step" is at most `steps`."""
     path, kept = Path(path), []

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import hashlib
-import os
-import urllib.request
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +10,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-DATASETS = ("fashion-mini", "digits", "fashion-mnist")
+from forde_fast.data.cifar import ARCHIVES, load_cifar
+from forde_fast.data.download import cache
+from forde_fast.data.download import download as fetch
+from forde_fast.data.own import Parts, load_arrays, load_csv, load_folder
+from forde_fast.validation import expect
+
+DATASETS = ("fashion-mini", "digits", "fashion-mnist", "cifar10", "cifar100", "folder", "npz", "table")
+OWN = ("folder", "npz", "table")  # data of the user's, which are nowhere but where she says
 
 FASHION_CLASSES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
@@ -33,10 +37,11 @@ DIGITS_TEST = 500
 
 @dataclass(frozen=True, eq=False)
 class Images:
-    """A labelled image set, on the CPU.
+    """A labelled image set, or a table of features in the images' place, on the CPU.
 
-    train_images, test_images: uint8 [N, H, W] (grey) or [N, H, W, C]; train_labels, test_labels: int64 [N];
-    classes: the names, one per label. Raises ValueError where these do not fit each other.
+    train_images, test_images: uint8 [N, H, W] (grey) or [N, H, W, C], or float32 features [N, F]; train_labels,
+    test_labels: int64 [N]; classes: the names, one per label; normalisation: the published one, where there is
+    one. Raises ValueError where these do not fit each other.
     """
 
     name: str
@@ -45,12 +50,18 @@ class Images:
     test_images: torch.Tensor
     test_labels: torch.Tensor
     classes: tuple[str, ...]
+    normalisation: Normalisation | None = None
+
+    @property
+    def table(self) -> bool:
+        return self.train_images.ndim == 2
 
     def __post_init__(self) -> None:
         for part in ("train", "test"):
             images, labels = getattr(self, f"{part}_images"), getattr(self, f"{part}_labels")
             where = f"{self.name}: {part}"
-            if images.dtype != torch.uint8 or images.ndim not in (3, 4):
+            known = images.dtype == torch.uint8 and images.ndim in (3, 4)
+            if not known and (images.dtype != torch.float32 or images.ndim != 2):
                 raise ValueError(
                     f"{where}_images: expected uint8 [N, H, W] or [N, H, W, C]; "
                     f"got {images.dtype} {list(images.shape)}"
@@ -82,6 +93,12 @@ def load(name: str, folder: str | Path | None = None, download: bool = False) ->
       `folder` if given, else where Debian's package puts them, else in the cache. `download=True` fetches
       those that are nowhere into `folder` or the cache: $FORDE_FAST_CACHE, ~/.cache/forde_fast if unset.
 
+    - "cifar10", "cifar100": the published archive, or the folder that it holds, in `folder` or in the cache;
+      `download=True` as above. Normalised as is usual for them, not as fitted.
+    - "folder": class folders of images; "npz": arrays of images; "table": features as .csv, .npz or .npy. Where
+      they lie is `folder`, which may be a file; `own.py` says how they are laid out. Without a test part of
+      their own a stratified fifth of them is one.
+
     Raises:
         ValueError: an unknown name; a damaged, truncated or foreign file; a download with another checksum.
         FileNotFoundError: a file that is missing, with what to do about it.
@@ -94,7 +111,23 @@ def load(name: str, folder: str | Path | None = None, download: bool = False) ->
             return _load_digits()
         case "fashion-mnist":
             return _load_fashion_mnist(None if folder is None else Path(folder), download)
+        case "cifar10" | "cifar100":
+            arrays, classes = load_cifar(name, None if folder is None else Path(folder), download)
+            published = Normalisation(ARCHIVES[name].mean, ARCHIVES[name].std)
+            return _images(name, *arrays, classes=classes, normalisation=published)
+        case "folder" | "npz" | "table":
+            expect(folder is not None, "data_dir", f"the place of the data, for data = {name}", "none")
+            arrays, classes = _load_own(name, Path(folder))
+            return _images(str(folder), *arrays, classes=classes)
     raise ValueError(f"name: expected one of {', '.join(DATASETS)}; got {name!r}")
+
+
+def _load_own(name: str, path: Path) -> Parts:
+    if name == "folder":
+        return load_folder(path)
+    if name == "table" and path.suffix == ".csv" and path.is_file():
+        return load_csv(path)
+    return load_arrays(path, table=name == "table")
 
 
 def _load_fashion_mini() -> Images:
@@ -122,7 +155,7 @@ def _load_digits() -> Images:
 
 
 def _load_fashion_mnist(folder: Path | None, download: bool) -> Images:
-    places = [FASHION_FOLDER, _cache() / "fashion-mnist"] if folder is None else [folder]
+    places = [FASHION_FOLDER, cache() / "fashion-mnist"] if folder is None else [folder]
     found = {}
     for name in FASHION_MD5:
         paths = [place / file for place in places for file in (name, name.removesuffix(".gz"))]
@@ -134,7 +167,7 @@ def _load_fashion_mnist(folder: Path | None, download: bool) -> Images:
                 "or install Debian's dataset-fashion-mnist"
             )
         if path is None:
-            found[name] = _download(FASHION_URL + name, FASHION_MD5[name], places[-1] / name)
+            found[name] = fetch(FASHION_URL + name, FASHION_MD5[name], places[-1] / name)
 
     train_images, train_labels, test_images, test_labels = (
         read_idx(path, dimensions=3 if "images" in name else 1) for name, path in found.items()
@@ -142,10 +175,10 @@ def _load_fashion_mnist(folder: Path | None, download: bool) -> Images:
     return _images("fashion-mnist", train_images, train_labels, test_images, test_labels, classes=FASHION_CLASSES)
 
 
-def _images(name: str, *arrays: np.ndarray, classes: tuple[str, ...]) -> Images:
+def _images(name: str, *arrays: np.ndarray, classes: tuple[str, ...], normalisation=None) -> Images:
     """Images from (train_images, train_labels, test_images, test_labels) as arrays."""
     train_images, train_labels, test_images, test_labels = (torch.from_numpy(np.array(a)) for a in arrays)
-    return Images(name, train_images, train_labels.long(), test_images, test_labels.long(), classes)
+    return Images(name, train_images, train_labels.long(), test_images, test_labels.long(), classes, normalisation)
 
 
 def read_idx(path: Path, dimensions: int) -> np.ndarray:
@@ -172,33 +205,12 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
     return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
 
 
-def _cache() -> Path:
-    return Path(os.environ.get("FORDE_FAST_CACHE") or Path.home() / ".cache" / "forde_fast")
-
-
-def _download(url: str, md5: str, path: Path) -> Path:
-    """Fetch url to path. The file gets its name once its checksum is right; else nothing is left behind."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    digest = hashlib.md5(usedforsecurity=False)
-    partial = path.with_name(f"{path.name}.{os.getpid()}")
-    try:
-        with partial.open("wb") as file, urllib.request.urlopen(url, timeout=60) as answer:
-            while block := answer.read(1 << 20):
-                digest.update(block)
-                file.write(block)
-        if digest.hexdigest() != md5:
-            raise ValueError(f"{url}: expected a file with md5 {md5}; got {digest.hexdigest()}")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-    return path
-
-
 @dataclass(frozen=True)
 class Normalisation:
-    """(pixel / 255 − mean) / std for each channel: from stored bytes to what a model receives.
+    """(pixel / 255 − mean) / std for each channel: from stored bytes to what a model receives. For a table of
+    features, (feature − mean) / std for each column.
 
-    mean, std: one number per channel, of pixels in [0, 1], as `fit` finds them in the training images.
+    mean, std: one number per channel, of pixels in [0, 1], or per column, as `fit` finds them in the training set.
     """
 
     mean: tuple[float, ...]
@@ -206,7 +218,11 @@ class Normalisation:
 
     @classmethod
     def fit(cls, images: torch.Tensor) -> Normalisation:
-        """Mean and deviation of uint8 images [N, H, W] or [N, H, W, C]; a constant channel's std is 1."""
+        """Of uint8 images [N, H, W] or [N, H, W, C], or features [N, F]; a constant channel's std is 1."""
+        if images.ndim == 2 and images.is_floating_point() and len(images):
+            exact = images.double()
+            std = exact.std(0, correction=0)
+            return cls(tuple(exact.mean(0).tolist()), tuple(torch.where(std > 0, std, 1.0).tolist()))
         pixels = _channels_last(images).flatten(0, 2)  # [N·H·W, C]
         if not len(pixels):
             raise ValueError(f"images: expected at least one pixel; got shape {list(images.shape)}")
@@ -220,10 +236,15 @@ class Normalisation:
         return cls(tuple(mean), tuple(std))
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        """uint8 [N, H, W] or [N, H, W, C] -> float32 [N, C, H, W], contiguous, on the same device.
+        """uint8 [N, H, W] or [N, H, W, C] -> float32 [N, C, H, W], contiguous, on the same device; features
+        [N, F] -> float32 [N, F].
 
         Raises ValueError for another dtype, shape or number of channels.
         """
+        if images.ndim == 2 and images.is_floating_point():
+            expect(images.shape[1] == len(self.mean), "features", f"{len(self.mean)} columns", images.shape[1])
+            mean, std = (torch.tensor(v, dtype=torch.float64, device=images.device) for v in (self.mean, self.std))
+            return ((images.double() - mean) / std).float()
         pixels = _channels_last(images).movedim(3, 1)
         if pixels.shape[1] != len(self.mean):
             raise ValueError(f"images: expected {len(self.mean)} channels; got {pixels.shape[1]}")

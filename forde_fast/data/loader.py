@@ -9,14 +9,14 @@ import torch
 
 
 class Loader:
-    """Iterate over shuffled, optionally augmented batches (x [B, C, H, W], y [B]).
+    """Iterate over shuffled, optionally augmented batches (x [B, C, H, W] or features [B, F], y [B]).
 
     Each `for` over the loader is one epoch and advances `epoch` when it begins. Order and augmentation of an
     epoch depend on (seed, epoch) alone and are drawn on the CPU, so every device gets the same ones; to
     resume, set `epoch`.
 
     Args:
-        images: floating [N, C, H, W], normalised, on the device that trains.
+        images: floating [N, C, H, W], or without augmentation [N, F], normalised, on the device that trains.
         labels: [N], on the same device.
         batch_size: at most so many samples; if the set is smaller, one batch holds all of it.
         shuffle: draw a new order each epoch.
@@ -41,7 +41,7 @@ class Loader:
         padding: int = 4,
         seed: int = 0,
     ) -> None:
-        if images.ndim != 4 or not images.is_floating_point() or not images.numel():
+        if images.ndim not in ((4,) if augment else (2, 4)) or not images.is_floating_point() or not images.numel():
             raise ValueError(
                 f"images: expected floating [N, C, H, W], not empty; got {images.dtype} {list(images.shape)}"
             )

@@ -1,0 +1,225 @@
+"""CIFAR-10 and CIFAR-100 as published (an archive of pickles or its folder), and their corrupted copies -C.
+
+Nothing is unpacked and nothing in a file can run code: members are read from the archive into memory, and the
+unpickler knows the few names that a NumPy array needs.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import tarfile
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+
+from forde_fast.data.download import cache, download
+from forde_fast.validation import expect
+
+
+@dataclass(frozen=True)
+class Archive:
+    """Where a set is published and how it is laid out: files of pickled dicts with "data" and a key of labels."""
+
+    url: str
+    md5: str
+    folder: str
+    train: tuple[str, ...]
+    test: tuple[str, ...]
+    labels: str
+    meta: tuple[str, str]  # a file and its key of the classes' names
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+ARCHIVES = {
+    "cifar10": Archive(
+        "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
+        "c58f30108f718f92721af3b95e74349a",
+        "cifar-10-batches-py",
+        tuple(f"data_batch_{i}" for i in range(1, 6)),
+        ("test_batch",),
+        "labels",
+        ("batches.meta", "label_names"),
+        (0.4914, 0.4822, 0.4465),
+        (0.2470, 0.2435, 0.2616),
+    ),
+    "cifar100": Archive(
+        "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz",
+        "eb9058c3a382ffc7106e4002c42a8d85",
+        "cifar-100-python",
+        ("train",),
+        ("test",),
+        "fine_labels",
+        ("meta", "fine_label_names"),
+        (0.5071, 0.4865, 0.4409),
+        (0.2673, 0.2564, 0.2762),
+    ),
+}
+
+MOST_BYTES = 1 << 28  # of one file in an archive: CIFAR-100's training images are 155 MB
+
+
+def load_cifar(name: str, folder: Path | None, fetch: bool) -> tuple[list[np.ndarray], tuple[str, ...]]:
+    """[train images uint8 [N, 32, 32, 3], train labels, test images, test labels], names of the classes.
+
+    folder  the extracted folder, one that holds it or the archive, or the archive itself; None: the cache
+    """
+    archive = ARCHIVES[name]
+    read = _reader(archive, folder, fetch)
+    parts = []
+    for files in (archive.train, archive.test):
+        pairs = [_images_and_labels(file, read(file), archive.labels) for file in files]
+        parts += [np.concatenate(arrays) for arrays in zip(*pairs, strict=True)]
+    file, key = archive.meta
+    names = unpickle(file, read(file)).get(key)
+    good = isinstance(names, list) and names and all(isinstance(one, str) for one in names)
+    expect(good, file, f"a list of names under {key}", type(names).__name__)
+    return parts, tuple(names)
+
+
+def _reader(archive: Archive, folder: Path | None, fetch: bool):
+    """name -> bytes, from the folder or the archive, whichever is there."""
+    file = PurePosixPath(archive.url).name
+    place = cache() if folder is None else folder
+    for path in (place, place / archive.folder):
+        if (path / archive.meta[0]).is_file():
+            return lambda name: _read(path / name)
+    path = place if place.is_file() else place / file
+    if not path.is_file():
+        advice = f"pass download=True (--download), or a folder that holds {archive.folder}/ or {file}"
+        expect(fetch, str(path), "a file that is there", f"none; {advice}", FileNotFoundError)
+        download(archive.url, archive.md5, path)
+    members = read_tar(path)
+    return lambda name: _member(path, members, f"{archive.folder}/{name}")
+
+
+def _read(path: Path) -> bytes:
+    expect(path.is_file(), str(path), "a file that is there", "none", FileNotFoundError)
+    return path.read_bytes()
+
+
+def _member(path: Path, members: dict[str, bytes], name: str) -> bytes:
+    expect(name in members, str(path), f"an archive that holds {name}", "one without it")
+    return members[name]
+
+
+def read_tar(path: Path) -> dict[str, bytes]:
+    """The files of a tar archive, compressed or not, in memory. Raises ValueError for a damaged or foreign file,
+    for a member that lies outside the archive's folder or is a link, and for one of more than MOST_BYTES."""
+    members = {}
+    try:
+        with tarfile.open(path) as tar:
+            for member in tar:
+                name = PurePosixPath(member.name)
+                inside = not name.is_absolute() and ".." not in name.parts
+                expect(inside, str(path), "an archive that stays in its own folder", f"a member {member.name!r}")
+                plain = member.isfile() or member.isdir()
+                expect(plain, str(path), "an archive of files and folders", f"a link or device {member.name!r}")
+                expect(member.size <= MOST_BYTES, str(path), f"files of at most {MOST_BYTES} bytes", member.size)
+                if member.isfile():
+                    members[str(name)] = tar.extractfile(member).read()
+    except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
+        raise ValueError(f"{path}: expected a whole tar archive, got a damaged or foreign file ({error})") from None
+    return members
+
+
+def _images_and_labels(file: str, content: bytes, key: str) -> tuple[np.ndarray, np.ndarray]:
+    stored = unpickle(file, content)
+    data, labels = stored.get("data"), stored.get(key)
+    good = isinstance(data, np.ndarray) and data.dtype == np.uint8 and data.ndim == 2 and data.shape[1] == 3072
+    expect(good, file, "uint8 [N, 3072] under data", getattr(data, "shape", type(data).__name__))
+    known = isinstance(labels, list) and all(type(label) is int for label in labels) and len(labels) == len(data)
+    expect(known, file, f"{len(data)} whole numbers under {key}", type(labels).__name__ if not known else "")
+    return data.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), np.array(labels, np.int64)
+
+
+def _latin1(text: str, encoding: str = "latin1") -> bytes:
+    """What Python 3 writes for bytes in pickles of Python 2's protocol; codecs.encode itself reaches further."""
+    expect(encoding == "latin1", "encoding", "latin1", repr(encoding))
+    return text.encode("latin1")
+
+
+class _ArraysOnly(pickle.Unpickler):
+    """Knows what NumPy arrays are made of, and nothing else."""
+
+    def find_class(self, module: str, name: str):
+        match module.replace("numpy._core", "numpy.core"), name:
+            case "numpy", "ndarray" | "dtype":
+                return getattr(np, name)
+            case "numpy.core.multiarray", "_reconstruct":
+                return np._core.multiarray._reconstruct
+            case "numpy.core.numeric", "_frombuffer":
+                return np._core.numeric._frombuffer
+            case "_codecs", "encode":
+                return _latin1
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+
+
+def unpickle(name: str, content: bytes) -> dict:
+    """A pickled dict of arrays, lists, texts and numbers; its keys as text. Raises ValueError for anything else."""
+    try:
+        stored = _ArraysOnly(io.BytesIO(content), encoding="latin1").load()
+    except Exception as error:  # a damaged pickle raises whatever its opcodes stumble over
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(
+            f"{name}: expected a whole pickle of arrays that runs no code, got another ({reason})"
+        ) from None
+    expect(isinstance(stored, dict), name, "a pickled dict", type(stored).__name__)
+    return {key.decode("latin1") if isinstance(key, bytes) else key: value for key, value in stored.items()}
+
+
+STANDARD = (
+    "gaussian_noise", "shot_noise", "impulse_noise", "defocus_blur", "glass_blur", "motion_blur", "zoom_blur", "snow",
+    "frost", "fog", "brightness", "contrast", "elastic_transform", "pixelate", "jpeg_compression",
+)  # fmt: skip
+EXTRA = ("gaussian_blur", "saturate", "spatter", "speckle_noise")  # FoRDE's tables average all 19
+
+
+class CorruptedFiles:
+    """CIFAR-10-C or CIFAR-100-C: a folder of `<corruption>.npy`, uint8 [5 N, 32, 32, 3], severity s at rows
+    (s - 1) N to s N, and labels.npy [5 N]. Files are mapped, not read, and never run code.
+
+    names  the corruptions that are there. Raises FileNotFoundError or ValueError in one line.
+    """
+
+    def __init__(self, folder: str | Path, shape: tuple[int, ...], classes: int):
+        """shape [H, W] or [H, W, C] and number of classes of the run's images."""
+        self.folder = Path(folder)
+        expect(self.folder.is_dir(), "corrupted_dir", "a folder of .npy files", self.folder, FileNotFoundError)
+        self.names = tuple(name for name in STANDARD + EXTRA if (self.folder / f"{name}.npy").is_file())
+        got = f"none in {self.folder}"
+        expect(bool(self.names), "corrupted_dir", "files such as gaussian_noise.npy", got, FileNotFoundError)
+        labels = load_npy(self.folder / "labels.npy")
+        good = labels.ndim == 1 and labels.dtype.kind in "iu" and len(labels) > 0 and len(labels) % 5 == 0
+        expect(good, str(self.folder / "labels.npy"), "whole numbers [5 N]", f"{labels.dtype} {list(labels.shape)}")
+        self.labels = np.array(labels, np.int64)
+        low, high = int(self.labels.min()), int(self.labels.max())
+        expect(0 <= low <= high < classes, str(self.folder / "labels.npy"), f"0 to {classes - 1}", f"{low} to {high}")
+        for name in self.names:
+            path = self.folder / f"{name}.npy"
+            images, wanted = load_npy(path), [len(labels), *shape]
+            good = images.dtype == np.uint8 and list(images.shape) == wanted
+            expect(good, str(path), f"uint8 {wanted}", f"{images.dtype} {list(images.shape)}")
+
+    def __iter__(self) -> Iterator[tuple[str, int, np.ndarray, np.ndarray]]:
+        """(name, severity, images [N, H, W, C], labels [N]), a file after the other."""
+        count = len(self.labels) // 5
+        for name in self.names:
+            images = load_npy(self.folder / f"{name}.npy")
+            for severity in range(1, 6):
+                rows = slice((severity - 1) * count, severity * count)
+                yield name, severity, images[rows], self.labels[rows]
+
+
+def load_npy(path: Path) -> np.ndarray:
+    """A .npy file, mapped; ValueError for a damaged or foreign one."""
+    expect(path.is_file(), str(path), "a file that is there", "none", FileNotFoundError)
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path}: expected a whole .npy file of numbers, got another ({reason})") from None
