@@ -126,7 +126,10 @@ def test_verify_and_info(capsys, monkeypatch):
 BAD = [
     (["--model", "vgg"], "model: expected one of mlp, cnn, resnet18, got 'vgg'"),
     (["--method", "svgd"], "method: expected one of de, forde-identity"),
-    (["--data", "mnist"], "data: expected one of fashion-mini, digits, fashion-mnist, got 'mnist'"),
+    (
+        ["--data", "mnist"],
+        "data: expected one of fashion-mini, digits, fashion-mnist, cifar10, cifar100, folder, npz, table, got",
+    ),
     (["--backend", "cudnn"], "backend: expected one of auto, reference, cpp, triton"),
     (["--members", "0"], "members: expected a whole number >= 1, got 0"),
     (["--epochs", "-1"], "epochs: expected a whole number >= 1"),
