@@ -57,20 +57,20 @@ class Ensemble(nn.Module):
             expect(first == other, f"modules[{number}]", f"the parameters of modules[0], {odd[0]}", odd[1])
         kinds = {f"{dtype} on {device}" for _, _, dtype, device in first}
         expect(len(kinds) == 1, "modules", "one dtype and device", ", ".join(sorted(kinds)))
-        own = [id(p) for module in modules for _, p in _trainable(module)]
+        own = [id(p) for module in modules for _, p in trainable(module)]
         shared = "one that several members share"
         expect(len(set(own)) == len(own), "modules", "trainable parameters of their own", shared)
         self._flatten()
 
     @staticmethod
     def _signature(module: nn.Module) -> list[tuple]:
-        return [(n, tuple(p.shape), p.dtype, p.device) for n, p in _trainable(module)]
+        return [(n, tuple(p.shape), p.dtype, p.device) for n, p in trainable(module)]
 
     def _flatten(self) -> None:
-        rows = [torch.cat([p.detach().flatten() for _, p in _trainable(m)]) for m in self.members]
+        rows = [torch.cat([p.detach().flatten() for _, p in trainable(m)]) for m in self.members]
         self.flat = torch.stack(rows)
         for row, module in zip(self.flat, self.members, strict=True):
-            named = _trainable(module)
+            named = trainable(module)
             for (_, p), view in zip(named, row.split([p.numel() for _, p in named]), strict=True):
                 p.data = view.view(p.shape)
 
@@ -107,7 +107,7 @@ class Ensemble(nn.Module):
 
         buffers  in place of the member's own; written where the module writes in place, as BatchNorm does
         """
-        named = _trainable(self.members[index])
+        named = trainable(self.members[index])
         size = sum(p.numel() for _, p in named)
         frozen = "as many trainable parameters as when the ensemble was built (freeze before building it)"
         expect(size == len(parameters), "ensemble", frozen, f"{size}, not {len(parameters)}")
@@ -141,5 +141,6 @@ def evaluation_mode(module: nn.Module) -> Iterable[None]:
             m.training = True
 
 
-def _trainable(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+def trainable(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """The parameters that are trained, with their names, in the order in which `flat` holds them."""
     return [(name, p) for name, p in module.named_parameters() if p.requires_grad]

@@ -42,8 +42,22 @@ class InputGradients:
         x = x.detach().requires_grad_()
         with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
             outputs = forward(x)
-        score = self.score if callable(self.score) else SCORES[self.score]
-        scores = score(outputs, y)
-        expect(scores.shape == x.shape[:1], "score", f"one number per sample, [{len(x)}]", list(scores.shape))
-        (gradients,) = torch.autograd.grad(scores.sum(), x, create_graph=True)
-        return outputs, gradients.flatten(1)
+        return outputs, _gradients(self._scores(outputs, y), x).flatten(1)
+
+    def stacked(self, forward: Callable, x: Tensor, y: Tensor, members: int) -> tuple[Tensor, Tensor]:
+        """The same of n members at once: `forward` maps an x for each [n, B, ...] to [n, B, K]; J [n, B, D]."""
+        x = x.expand(members, *x.shape).detach().requires_grad_()
+        with sdpa_kernel(SDPBackend.MATH):
+            outputs = forward(x, each=True)
+        return outputs, _gradients(torch.vmap(self._scores, (0, None))(outputs, y), x).flatten(2)
+
+    def _scores(self, outputs: Tensor, y: Tensor) -> Tensor:
+        scores = (self.score if callable(self.score) else SCORES[self.score])(outputs, y)
+        expect(scores.shape == y.shape[:1], "score", f"one number per sample, [{len(y)}]", list(scores.shape))
+        return scores
+
+
+def _gradients(scores: Tensor, x: Tensor) -> Tensor:
+    """Of the sum of the scores with respect to x, themselves differentiable."""
+    (gradients,) = torch.autograd.grad(scores.sum(), x, create_graph=True)
+    return gradients

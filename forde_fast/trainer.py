@@ -1,19 +1,11 @@
-"""FoRDE as an algorithm: State, init, gradient, update, pure functions; and Trainer, the loop around them.
-
-One step moves every member i against the gradient, with respect to its parameters, of
-
-    mean_b CE(f(x_b; theta_i), y_b) + (weight_decay / 2) |theta_i|^2 + repulsion_weight * R
-
-(Trinh et al., ICLR 2024, equation 12). R's gradient with respect to the particles is fed back as their
-cotangent, together with the loss's, in one vector-Jacobian product per member.
-"""
+"""Trainer: the loop around the step."""
 
 from __future__ import annotations
 
 import itertools
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -22,216 +14,22 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from forde_fast import second_order, validation
+from forde_fast.choice import choose
 from forde_fast.ensemble import Ensemble, evaluation_mode
 from forde_fast.methods import Method, resolve
-from forde_fast.repulsion import check_backend, repulsion
-from forde_fast.rule import kernel_weights, median
+from forde_fast.repulsion import check_backend
 from forde_fast.spaces import InputGradients
-from forde_fast.types import Repulsion
+from forde_fast.step import MEASURED, RATIO_EVERY, SGD, Log, Objective, State, descend_, gradient, init, update
+from forde_fast.strategies import KINDS, Strategy, random_state, set_random_state
 from forde_fast.validation import expect
 
-RATIO_EVERY = 10  # steps between measurements of gradient_ratio, each of which costs a backward pass, and of two more
-MEASURED = ("gradient_ratio", "input_alignment", "input_variance")
-
-
-class Log(NamedTuple):
-    """What one step saw; tensors [] that are not waited for. Without repulsion all but the first are 0.
-
-    cross_entropy      summed over the members (as R is), mean over the batch
-    repulsion          R, before its weight
-    bandwidth_median   mean over particles and samples of the median distance
-    gradient_cosine    mean cosine between two members' particles: 1 where they agree, the quantity FoRDE lowers
-    weight_entropy     mean entropy, in nats, of the kernel weights of a member; log(M B) where all are alike
-    kernel_mean        mean of the kernel exp(-d / h) between two different members, from 0 to 1
-    gradient_ratio     norm of the weighted repulsion's parameter gradient over that of the cross-entropy
-    input_alignment    mean |cosine| between a member's input gradient and the input: 0 for a network that
-                       normalises each input inside (scaling the input then changes nothing)
-    input_variance     the batch's variance over that of the images on which the lengthscale was fitted
-    dead_rows          particles whose squared norm is <= eps: their gradient is set to 0
-
-    Those in MEASURED are as last measured, every RATIO_EVERY steps; the last two of them are 0 where there is
-    nothing to measure (particles that are no input gradients, a lengthscale that was fitted on nothing).
-    """
-
-    cross_entropy: Tensor
-    repulsion: Tensor
-    bandwidth_median: Tensor
-    gradient_cosine: Tensor
-    weight_entropy: Tensor
-    kernel_mean: Tensor
-    gradient_ratio: Tensor
-    input_alignment: Tensor
-    input_variance: Tensor
-    dead_rows: Tensor
-
-
-@dataclass(frozen=True)
-class State:
-    """parameters, velocity: [M, P]; buffers: one dict of tensors per member; step: updates done."""
-
-    parameters: Tensor
-    velocity: Tensor
-    buffers: tuple[dict[str, Tensor], ...]
-    step: int
-
-
-@dataclass(frozen=True)
-class Objective:
-    """What is descended: the loss, and the repulsion of a method with its lengthscale, weight, eps and backend."""
-
-    method: Method
-    lengthscale: object = None
-    repulsion_weight: float = 1.0
-    eps: float = 1e-24
-    backend: str = "auto"
-    loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy
-
-    def repels(self, members: int) -> bool:
-        return self.method.space is not None and members > 1 and self.repulsion_weight != 0
-
-
-@dataclass(frozen=True)
-class SGD:
-    """v <- momentum v + g;  theta <- theta - lr (g + momentum v), or - lr v without Nesterov; g has weight decay."""
-
-    lr: float = 0.1
-    momentum: float = 0.9
-    nesterov: bool = True
-    weight_decay: float = 5e-4
-
-
-def init(ensemble: Ensemble) -> State:
-    """The ensemble's parameters and buffers, copied, and a velocity of 0."""
-    buffers = tuple({name: b.clone() for name, b in member.named_buffers()} for member in ensemble.members)
-    return State(ensemble.flat.clone(), torch.zeros_like(ensemble.flat), buffers, 0)
-
-
-def update(
-    state: State, x: Tensor, y: Tensor, ensemble: Ensemble, objective: Objective, sgd: SGD
-) -> tuple[State, Log]:
-    """One step: x [B, ...], y [B] -> the next State and what it saw. `state` and the ensemble stay as they are."""
-    buffers = tuple({name: b.clone() for name, b in own.items()} for own in state.buffers)
-    g, log = gradient(
-        ensemble, state.parameters, buffers, x, y, objective, measure_ratio=state.step % RATIO_EVERY == 0
-    )
-    parameters, velocity = state.parameters.clone(), state.velocity.clone()
-    descend_(parameters, velocity, g, sgd)
-    return State(parameters, velocity, buffers, state.step + 1), log
-
-
-def descend_(parameters: Tensor, velocity: Tensor, g: Tensor, sgd: SGD) -> None:
-    """SGD's update of parameters, velocity and g [M, P], in place; torch.optim.SGD's operations in its order."""
-    g.add_(parameters, alpha=sgd.weight_decay)
-    velocity.mul_(sgd.momentum).add_(g)
-    parameters.add_(g.add_(velocity, alpha=sgd.momentum) if sgd.nesterov else velocity, alpha=-sgd.lr)
-
-
-@torch.enable_grad()
-def gradient(
-    ensemble: Ensemble,
-    parameters: Tensor,
-    buffers: tuple[dict[str, Tensor], ...] | None,
-    x: Tensor,
-    y: Tensor,
-    objective: Objective,
-    measure_ratio: bool = False,
-) -> tuple[Tensor, Log]:
-    """The objective's gradient [M, P] without weight decay at `parameters` [M, P], and the step's Log.
-
-    buffers  updated in place by the forward passes; None: the members' own
-    """
-    repels = objective.repels(len(ensemble))
-    thetas, losses, particles = [], [], []
-    for i in range(len(ensemble)):
-        theta = parameters[i].detach().requires_grad_()
-        forward = ensemble.functional(i, theta, buffers[i] if buffers else None)
-        outputs, own = objective.method.space(forward, x, y) if repels else (forward(x), None)
-        thetas.append(theta)
-        losses.append(objective.loss(outputs, y))
-        particles.append(own)
-    log = dict.fromkeys(Log._fields, parameters.new_zeros(()))
-    log["cross_entropy"] = torch.stack([loss.detach() for loss in losses]).sum()
-    cotangents = [None] * len(ensemble)
-    if repels:
-        together = torch.stack([own.detach() for own in particles])
-        result, cotangents, dead = _repel(together, objective)
-        log |= _diagnose(together, result, dead, objective.method)
-    g = torch.empty_like(parameters)
-    plain = torch.empty_like(parameters) if repels and measure_ratio else None
-    for i, theta in enumerate(thetas):
-        if plain is not None:
-            plain[i] = torch.autograd.grad(losses[i], theta, retain_graph=True)[0]
-        pair = ((losses[i], particles[i]), (None, cotangents[i])) if repels else (losses[i], None)
-        g[i] = torch.autograd.grad(pair[0], theta, pair[1])[0]
-        losses[i] = particles[i] = None  # this member's graph is freed
-    if plain is not None:
-        log["gradient_ratio"] = (g - plain).norm() / plain.norm()
-        log |= _measure_inputs(x, together, objective.lengthscale)
-    return g, Log(**log)
-
-
-def _repel(particles: Tensor, objective: Objective) -> tuple[Repulsion, Tensor, Tensor]:
-    """R of particles [M, B, D], their cotangents and how many rows are dead.
-
-    A row with |J|^2 <= eps would get a gradient of order 1/sqrt(eps) from the normalisation.
-    """
-    method = objective.method
-    result = repulsion(
-        particles,
-        objective.lengthscale,
-        normalize=method.normalize,
-        eps=objective.eps,
-        bandwidth=method.bandwidth,
-        backend=objective.backend,
-    )
-    cotangents = result.gradient
-    if objective.repulsion_weight != 1:
-        cotangents = cotangents * objective.repulsion_weight
-    dead = particles.square().sum(-1, keepdim=True) <= objective.eps
-    return result, cotangents.masked_fill(dead, 0) if method.normalize else cotangents, dead.sum()
-
-
-def _diagnose(particles: Tensor, result: Repulsion, dead: Tensor, method: Method) -> dict[str, Tensor]:
-    members = len(particles)
-    first = getattr(method.bandwidth, "owner", "second") == "first"
-    unit = F.normalize(particles, dim=-1)
-    aligned = unit.sum(0).square().sum() - unit.square().sum()
-    h = result.bandwidth[:, None] if first else result.bandwidth
-    weights = kernel_weights(result.distances, h)
-    return {
-        "repulsion": result.value,
-        "bandwidth_median": median(result.distances, (0,)).mean(),
-        "gradient_cosine": aligned / (members * (members - 1) * particles.shape[1]),
-        "weight_entropy": torch.special.entr(weights).sum() / members,
-        "kernel_mean": ((-result.distances / h).exp().mean(2).sum() - members) / (members * (members - 1)),
-        "dead_rows": dead,
-    }
-
-
-def _measure_inputs(x: Tensor, particles: Tensor, lengthscale) -> dict[str, Tensor]:
-    """Whether the input gradients, particles [M, B, D], and the lengthscale fit the inputs x [B, ...]."""
-    rows, found = x.detach().flatten(1), {}
-    if particles.shape[1:] == rows.shape:
-        found["input_alignment"] = F.cosine_similarity(particles, rows, dim=-1).abs().mean()
-    variance = getattr(lengthscale, "variance", None)
-    if variance and len(rows) > 1:
-        found["input_variance"] = rows.var(0).sum() / variance
-    return found
+__all__ = ["MEASURED", "RATIO_EVERY", "SGD", "Log", "Objective", "State", "Trainer", "gradient", "init",
+           "published_schedule", "update"]  # fmt: skip
 
 
 def published_schedule(progress: float, ratio: float = 0.01) -> float:
     """The learning rate's factor after a share `progress` of the epochs: 1 up to half, linear to `ratio` at 90 %."""
     return 1.0 if progress <= 0.5 else max(ratio, 1 - (1 - ratio) * (progress - 0.5) / 0.4)
-
-
-def _random_state(device: torch.device) -> list[Tensor]:
-    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
-
-
-def _set_random_state(random: list[Tensor], device: torch.device) -> None:
-    torch.set_rng_state(random[0].cpu())
-    if len(random) > 1 and device.type == "cuda":
-        torch.cuda.set_rng_state(random[1].cpu(), device)
 
 
 class Position(NamedTuple):
@@ -259,6 +57,18 @@ class Trainer:
     seed              of what is random in `fit` (dropout); the loader has its own
     accelerate        swap in layers with a fast second-order pass (see `forde_fast.accelerate`, whose report is
                       `acceleration`); False: leave the ensemble's layers as they are
+    strategy          how the members are computed: "loop", "stacked" or "streams" (see `Strategy`), or "auto", which
+                      tries a few steps of each at the first batch and takes the fastest; it is a loop where there
+                      is no repulsion or members draw random numbers. They differ in rounding, so that "auto" may
+                      give other last bits on another day. After the first step `strategy` is what is used,
+                      `strategy_report` says why
+    members_at_a_time, precision   of `Strategy`: less memory; "tf32" or "bf16" products
+    repulsion_every   k: the repulsion acts at every k-th step only, with k times its weight. The log keeps what it
+                      last saw of it
+    repulsion_samples  n: the repulsion is that of the batch's first n samples, in a forward pass of their own: a
+                      BatchNorm in training mode sees the statistics of n samples there (running statistics are
+                      updated by the whole batch alone), and its cost is n / B of an exact repulsion's plus that
+                      forward pass. n >= B is the exact repulsion
     """
 
     def __init__(self, ensemble: Ensemble, method: str | Method = "forde", lengthscale=None,
@@ -266,7 +76,8 @@ class Trainer:
                  momentum: float = 0.9, nesterov: bool = True, weight_decay: float = 5e-4,
                  optimizer: Callable[[Iterable], torch.optim.Optimizer] | None = None,
                  loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy, seed: int = 0,
-                 accelerate: bool = True):  # fmt: skip
+                 accelerate: bool = True, strategy: str = "loop", members_at_a_time: int | None = None,
+                 precision: str = "full", repulsion_every: int = 1, repulsion_samples: int | None = None):  # fmt: skip
         expect(isinstance(ensemble, Ensemble), "ensemble", "an Ensemble", type(ensemble).__name__, TypeError)
         for name, value in (
             ("repulsion_weight", repulsion_weight),
@@ -284,9 +95,16 @@ class Trainer:
         given = optimizer is None or callable(optimizer)
         expect(given, "optimizer", "a callable that takes parameters", type(optimizer).__name__, TypeError)
         validation.whole(seed, "seed", least=0)
+        validation.one_of(strategy, "strategy", ("auto", *KINDS))
+        validation.whole(repulsion_every, "repulsion_every")
+        if repulsion_samples is not None:
+            validation.whole(repulsion_samples, "repulsion_samples")
+        self.strategy, self.strategy_report = strategy, ""
+        self._strategy = Strategy("loop", members_at_a_time, precision)  # `strategy` goes into it at the first step
         self.ensemble = ensemble
         self.acceleration = second_order.accelerate(ensemble) if accelerate else second_order.Acceleration()
-        self.objective = Objective(resolve(method), lengthscale, repulsion_weight, eps, backend, loss)
+        self.objective = Objective(resolve(method), lengthscale, repulsion_weight, eps, backend, loss,
+                                   repulsion_every, repulsion_samples)  # fmt: skip
         self.sgd = SGD(lr, momentum, nesterov, weight_decay)
         self.velocity = torch.zeros_like(ensemble.flat)
         self.optimizer = None
@@ -301,7 +119,7 @@ class Trainer:
         self._random: list[Tensor] = []  # the generators' states at a `position` that was loaded
         self._classes: int | None = None
         self._shape: torch.Size | None = None  # of the samples that the members were tried on
-        self._measured = torch.zeros(len(MEASURED), device=ensemble.flat.device)
+        self._seen = Log(*torch.zeros(len(Log._fields), device=ensemble.flat.device))
         # of the present epoch's logs
         self._log_sum = torch.zeros(len(Log._fields), dtype=torch.float64, device=ensemble.flat.device)
 
@@ -310,19 +128,27 @@ class Trainer:
         self._check(x, y)
         if not self.ensemble.training:
             self.ensemble.train()
-        flat, measured = self.ensemble.flat, self.steps % RATIO_EVERY == 0
+        if not self.strategy_report:
+            self._strategy, self.strategy_report = choose(
+                self.strategy, self._strategy, self.ensemble, self.objective, x, y
+            )
+            self.strategy = self._strategy.kind
+        flat, measured = self.ensemble.flat, self.objective.measures(self.steps)
         self.velocity = self.velocity.to(flat)  # the ensemble may have been moved or cast
-        g, log = gradient(self.ensemble, flat, None, x, y, self.objective, measured)
+        objective = self.objective.at(self.steps)
+        g, log = gradient(self.ensemble, flat, None, x, y, objective, measured, self._strategy)
         with torch.no_grad():
             if self.optimizer is None:
-                descend_(flat, self.velocity, g, SGD(self.sgd.lr * rate, *self._sgd_rest))
+                descend_(flat, self.velocity, g, replace(self.sgd, lr=self.sgd.lr * rate))
             else:
                 self._step_with_optimizer(g, rate)
-        self.steps += 1
+        if self.steps % self.objective.repulsion_every:
+            log = Log(log.cross_entropy, *self._seen[1:])
+        elif not measured:
+            log = log._replace(**{name: getattr(self._seen, name) for name in MEASURED})
+        self.steps, self._seen = self.steps + 1, log
         self.rows = len(self.ensemble) * len(x)
-        if measured:
-            self._measured = torch.stack([getattr(log, name) for name in MEASURED])
-        return log._replace(**dict(zip(MEASURED, self._measured, strict=True)))
+        return log
 
     def fit(self, loader, epochs: int, schedule: Callable[[float], float] = published_schedule,
             on_step: Callable[[int, Log], None] | None = None,
@@ -367,7 +193,7 @@ class Trainer:
             if self.position.batch:  # go on within the epoch: what is done is read again, for the order's sake
                 for _ in itertools.islice(batches, self.position.batch):
                     pass
-                _set_random_state(random, device)
+                set_random_state(random, device)
             for x, y in batches:
                 log = self.step(x.to(device), y.to(device), rate)
                 self._log_sum += torch.stack(log)
@@ -390,8 +216,9 @@ class Trainer:
             "position": list(self.position),
             "seed": self.seed,
             "log_sum": self._log_sum,
-            "measured": self._measured,
-            "random": _random_state(self.ensemble.flat.device),
+            "seen": torch.stack(self._seen),
+            "strategy": self.strategy,
+            "random": random_state(self.ensemble.flat.device),
         }
 
     def load_state_dict(self, state: dict) -> None:
@@ -410,12 +237,9 @@ class Trainer:
             self.optimizer.load_state_dict({**state["optimizer"], "state": numbered})
         self.steps, self.epochs, self.seed = state["steps"], state["epochs"], state["seed"]
         self.position, self._random = Position(*state["position"]), state["random"]
-        self._measured = state["measured"].to(self._measured.device, copy=True)
+        self._seen = Log(*state["seen"].to(self.ensemble.flat.device, copy=True))
+        self.strategy, self.strategy_report = state["strategy"], ""  # how the interrupted run was computed
         self._log_sum = state["log_sum"].to(self._log_sum, copy=True)
-
-    @property
-    def _sgd_rest(self):
-        return self.sgd.momentum, self.sgd.nesterov, self.sgd.weight_decay
 
     def _step_with_optimizer(self, g: Tensor, rate: float) -> None:
         parameters = [[p for p in member.parameters() if p.requires_grad] for member in self.ensemble.members]

@@ -1,0 +1,243 @@
+"""One step of FoRDE as pure functions: State, init, gradient, update.
+
+A step moves every member i against the gradient, with respect to its parameters, of
+
+    mean_b CE(f(x_b; theta_i), y_b) + (weight_decay / 2) |theta_i|^2 + repulsion_weight * R
+
+(Trinh et al., ICLR 2024, equation 12). R's gradient with respect to the particles is fed back as their
+cotangent, together with the loss's, in one vector-Jacobian product per member.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from forde_fast.ensemble import Ensemble
+from forde_fast.methods import Method
+from forde_fast.repulsion import repulsion
+from forde_fast.rule import FLOOR, Median, median
+from forde_fast.strategies import LOOP, Graphs, Strategy
+from forde_fast.types import Repulsion
+
+# repelled steps between measurements of gradient_ratio, each of which costs a backward pass, and of two more
+RATIO_EVERY = 10
+MEASURED = ("gradient_ratio", "input_alignment", "input_variance")
+
+
+class Log(NamedTuple):
+    """What one step saw; tensors [] that are not waited for. Without repulsion all but the first are 0.
+
+    cross_entropy      summed over the members (as R is), mean over the batch
+    repulsion          R, before its weight
+    bandwidth_median   mean over particles and samples of the median distance
+    gradient_cosine    mean cosine between two members' particles: 1 where they agree, the quantity FoRDE lowers
+    weight_entropy     mean entropy, in nats, of the kernel weights of a member; log(M B) where all are alike
+    kernel_mean        mean of the kernel exp(-d / h) between two different members, from 0 to 1
+    gradient_ratio     norm of the weighted repulsion's parameter gradient over that of the cross-entropy
+    input_alignment    mean |cosine| between a member's input gradient and the input: 0 for a network that
+                       normalises each input inside (scaling the input then changes nothing)
+    input_variance     the batch's variance over that of the images on which the lengthscale was fitted
+    dead_rows          particles whose squared norm is <= eps: their gradient is set to 0
+
+    Those in MEASURED are as last measured, every RATIO_EVERY steps; the last two of them are 0 where there is
+    nothing to measure (particles that are no input gradients, a lengthscale that was fitted on nothing).
+    """
+
+    cross_entropy: Tensor
+    repulsion: Tensor
+    bandwidth_median: Tensor
+    gradient_cosine: Tensor
+    weight_entropy: Tensor
+    kernel_mean: Tensor
+    gradient_ratio: Tensor
+    input_alignment: Tensor
+    input_variance: Tensor
+    dead_rows: Tensor
+
+
+@dataclass(frozen=True)
+class State:
+    """parameters, velocity: [M, P]; buffers: one dict of tensors per member; step: updates done."""
+
+    parameters: Tensor
+    velocity: Tensor
+    buffers: tuple[dict[str, Tensor], ...]
+    step: int
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is descended: the loss, and the repulsion of a method with its lengthscale, weight, eps and backend.
+
+    repulsion_every    k: the repulsion acts at every k-th step, with k times its weight
+    repulsion_samples  n: on the batch's first n samples only, with n / B times its weight, so that R's 1 / B stays
+    """
+
+    method: Method
+    lengthscale: object = None
+    repulsion_weight: float = 1.0
+    eps: float = 1e-24
+    backend: str = "auto"
+    loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy
+    repulsion_every: int = 1
+    repulsion_samples: int | None = None
+
+    def repels(self, members: int) -> bool:
+        return self.method.space is not None and members > 1 and self.repulsion_weight != 0
+
+    def at(self, step: int) -> Objective:
+        """What the step after `step` steps descends: the repulsion with k times its weight, or without it."""
+        if self.repulsion_every == 1:
+            return self
+        due = step % self.repulsion_every == 0
+        weight = self.repulsion_weight * self.repulsion_every if due else 0.0
+        return replace(self, repulsion_weight=weight, repulsion_every=1)
+
+    def measures(self, step: int) -> bool:
+        """Whether what is in MEASURED is measured in this step."""
+        return step % (self.repulsion_every * RATIO_EVERY) == 0
+
+
+@dataclass(frozen=True)
+class SGD:
+    """v <- momentum v + g;  theta <- theta - lr (g + momentum v), or - lr v without Nesterov; g has weight decay."""
+
+    lr: float | Tensor = 0.1  # a tensor [] where a CUDA graph is to read it anew at every replay
+    momentum: float = 0.9
+    nesterov: bool = True
+    weight_decay: float = 5e-4
+
+
+def init(ensemble: Ensemble) -> State:
+    """The ensemble's parameters and buffers, copied, and a velocity of 0."""
+    buffers = tuple({name: b.clone() for name, b in member.named_buffers()} for member in ensemble.members)
+    return State(ensemble.flat.clone(), torch.zeros_like(ensemble.flat), buffers, 0)
+
+
+def update(
+    state: State,
+    x: Tensor,
+    y: Tensor,
+    ensemble: Ensemble,
+    objective: Objective,
+    sgd: SGD,
+    strategy: Strategy = LOOP,
+) -> tuple[State, Log]:
+    """One step: x [B, ...], y [B] -> the next State and what it saw. `state` and the ensemble stay as they are."""
+    buffers = tuple({name: b.clone() for name, b in own.items()} for own in state.buffers)
+    now, measured = objective.at(state.step), objective.measures(state.step)
+    g, log = gradient(ensemble, state.parameters, buffers, x, y, now, measured, strategy)
+    parameters, velocity = state.parameters.clone(), state.velocity.clone()
+    descend_(parameters, velocity, g, sgd)
+    return State(parameters, velocity, buffers, state.step + 1), log
+
+
+def descend_(parameters: Tensor, velocity: Tensor, g: Tensor, sgd: SGD) -> None:
+    """SGD's update of parameters, velocity and g [M, P], in place; torch.optim.SGD's operations in its order."""
+    g.add_(parameters, alpha=sgd.weight_decay)
+    velocity.mul_(sgd.momentum).add_(g)
+    direction = g.add_(velocity, alpha=sgd.momentum) if sgd.nesterov else velocity
+    if isinstance(sgd.lr, Tensor):
+        parameters.addcmul_(direction, sgd.lr, value=-1)
+    else:
+        parameters.add_(direction, alpha=-sgd.lr)
+
+
+@torch.enable_grad()
+def gradient(
+    ensemble: Ensemble,
+    parameters: Tensor,
+    buffers: tuple[dict[str, Tensor], ...] | None,
+    x: Tensor,
+    y: Tensor,
+    objective: Objective,
+    measure_ratio: bool = False,
+    strategy: Strategy = LOOP,
+) -> tuple[Tensor, Log]:
+    """The objective's gradient [M, P] without weight decay at `parameters` [M, P], and the step's Log.
+
+    buffers   updated in place by the forward passes; None: the members' own
+    strategy  how the members are computed; all strategies compute the same
+    """
+    log = dict.fromkeys(Log._fields, parameters.new_zeros(()))
+    if not objective.repels(len(ensemble)):
+        graphs = Graphs(ensemble, parameters, buffers, x, y, objective.loss, strategy)
+        g, losses = graphs.plain()
+        return g, Log(**log | {"cross_entropy": losses.sum()})
+    n = objective.repulsion_samples if (objective.repulsion_samples or len(x)) < len(x) else None
+    graphs = Graphs(ensemble, parameters, buffers, x, y, objective.loss, strategy, objective.method.space, n)
+    losses, particles = graphs.forward()
+    if particles.shape[1] == n:  # a particle per sample
+        objective = replace(objective, repulsion_weight=objective.repulsion_weight * n / len(x))
+    result, cotangents, dead = _repel(particles, objective)
+    log |= _diagnose(particles, result, dead, objective.method) | {"cross_entropy": losses.sum()}
+    g, plain = graphs.pull_back(cotangents, measure_ratio)
+    if measure_ratio:
+        log["gradient_ratio"] = (g - plain).norm() / plain.norm()
+        log |= _measure_inputs(x[:n], particles, objective.lengthscale)
+    return g, Log(**log)
+
+
+def _repel(particles: Tensor, objective: Objective) -> tuple[Repulsion, Tensor, Tensor]:
+    """R of particles [M, B, D], their cotangents, and which rows [M, B] are dead.
+
+    A row with |J|^2 <= eps would get a gradient of order 1/sqrt(eps) from the normalisation.
+    """
+    method = objective.method
+    result = repulsion(
+        particles,
+        objective.lengthscale,
+        normalize=method.normalize,
+        eps=objective.eps,
+        bandwidth=method.bandwidth,
+        backend=objective.backend,
+    )
+    cotangents = result.gradient  # nobody else's: changed in place
+    if objective.repulsion_weight != 1:
+        cotangents.mul_(objective.repulsion_weight)
+    dead = torch.linalg.vector_norm(particles, dim=-1).square() <= objective.eps
+    if method.normalize and (dead.is_cuda or dead.any()):  # to ask a GPU would be to wait for it
+        cotangents.masked_fill_(dead[..., None], 0)
+    return result, cotangents, dead
+
+
+def _diagnose(particles: Tensor, result: Repulsion, dead: Tensor, method: Method) -> dict[str, Tensor]:
+    """What the log says of particles [M, B, D]: two passes over them, the rest on [M, M, B]."""
+    members, groups, _ = particles.shape
+    pairs, bandwidth = members * (members - 1), method.bandwidth
+    first = getattr(bandwidth, "owner", "second") == "first"
+    norms = torch.linalg.vector_norm(particles, dim=-1)
+    scales = norms.clamp_min(1e-12).reciprocal()
+    sums = torch.einsum("mg,mgd->gd", scales, particles)  # over the members, of what is scaled to norm 1
+    aligned = sums.square().sum() - (norms * scales).square().sum()
+    exact, h = result.distances.double(), result.bandwidth.double()
+    kernel = torch.exp(-exact / (h[:, None] if first else h))
+    if bandwidth == "median" or bandwidth == Median():  # h is the median over a constant
+        middle = (h - FLOOR).mean() * Median().log_count(exact)
+    else:
+        middle = median(exact, (0,)).mean()
+    return {
+        "repulsion": result.value,
+        "bandwidth_median": middle,
+        "gradient_cosine": aligned / (pairs * groups),
+        "weight_entropy": torch.special.entr(kernel / kernel.sum((1, 2), keepdim=True)).sum() / members,
+        "kernel_mean": (kernel.sum() / groups - members) / pairs,
+        "dead_rows": dead.sum(),
+    }
+
+
+def _measure_inputs(x: Tensor, particles: Tensor, lengthscale) -> dict[str, Tensor]:
+    """Whether the input gradients, particles [M, B, D], and the lengthscale fit the inputs x [B, ...]."""
+    rows, found = x.detach().flatten(1), {}
+    if particles.shape[1:] == rows.shape:
+        found["input_alignment"] = F.cosine_similarity(particles, rows, dim=-1).abs().mean()
+    variance = getattr(lengthscale, "variance", None)
+    if variance and len(rows) > 1:
+        found["input_variance"] = rows.var(0).sum() / variance
+    return found

@@ -1,0 +1,341 @@
+"""How the M members of an ensemble are computed: one after another, stacked, or on several CUDA streams.
+
+All strategies compute the same numbers up to rounding. What differs is how many members share a graph (one, or
+several under torch.vmap over their stacked parameters) and how many members' graphs are alive at a time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from forde_fast import validation
+from forde_fast.ensemble import Ensemble, trainable
+from forde_fast.validation import expect
+
+KINDS = ("loop", "stacked", "streams")
+PRECISIONS = ("full", "tf32", "bf16")
+STREAMS = 4  # so many members at once keep a GPU busy; more only share its caches
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """kind               "loop": one member after another; "stacked": all in one graph by torch.vmap, for perceptrons
+                       and small networks; "streams": members on several CUDA streams
+    members_at_a_time  so many members' graphs are alive while there is repulsion. The others are computed twice:
+                       for their particles, and again, with the same dropout masks, when the repulsion is known
+                       and pulled back: up to half more time for less memory, the same result. None: all of them
+    precision          "full": the parameters' own; "tf32": products of float32 in tf32 on CUDA; "bf16": forward
+                       passes under autocast. Losses, particles, the repulsion and the parameters stay as they are
+    channels_last      images in that memory layout
+
+    Stacked members draw dropout masks of their own, but from torch's generator in another order than a loop
+    does: the two do not share a random stream.
+    """
+
+    kind: str = "loop"
+    members_at_a_time: int | None = None
+    precision: str = "full"
+    channels_last: bool = False
+
+    def __post_init__(self):
+        validation.one_of(self.kind, "strategy", KINDS)
+        validation.one_of(self.precision, "precision", PRECISIONS)
+        if self.members_at_a_time is not None:
+            validation.whole(self.members_at_a_time, "members_at_a_time")
+
+    def groups(self, members: int) -> list[slice]:
+        """Which members share a graph."""
+        size = 1
+        if self.kind == "stacked":
+            size = min(members, self.members_at_a_time or members)
+        return [slice(i, min(i + size, members)) for i in range(0, members, size)]
+
+
+LOOP = Strategy()
+
+
+class Graphs:
+    """The autograd graphs of all members on one batch, from the parameters [M, P] to losses and particles.
+
+    buffers  one dict per member, updated in place; None: the members' own
+    space    of the particles; None: there are none
+    samples  the particles' own forward pass takes only the first so many; None: they share the loss's
+    """
+
+    def __init__(self, ensemble: Ensemble, parameters: Tensor, buffers: tuple[dict[str, Tensor], ...] | None,
+                 x: Tensor, y: Tensor, loss: Callable, strategy: Strategy, space: Callable | None = None,
+                 samples: int | None = None):  # fmt: skip
+        if strategy.channels_last and x.ndim == 4:
+            x = x.contiguous(memory_format=torch.channels_last)
+        else:  # canonical strides: with others along its one channel a grey image passes for channels_last, on
+            x = x.reshape(-1).view(x.shape)  # which oneDNN's backward (torch 2.13) writes beyond its memory
+        self.ensemble, self.parameters, self.buffers = ensemble, parameters, buffers
+        self.x, self.y, self.loss, self.space, self.samples, self.strategy = x, y, loss, space, samples, strategy
+        stacks = strategy.kind == "stacked" and alike(ensemble)  # modes may change between steps
+        self.groups = (strategy if stacks else LOOP).groups(len(ensemble))
+        self.streams = _Streams(x.device if strategy.kind == "streams" and x.is_cuda else None)
+        self.losses = parameters.new_empty(len(ensemble))
+        self.alive: dict[int, _Graph] = {}
+        self.before: dict[int, tuple] = {}  # buffers and generators, of the groups that are computed twice
+
+    def plain(self) -> tuple[Tensor, Tensor]:
+        """Without particles: the losses' gradients [M, P] and the losses [M]; one graph is alive at a time."""
+        g = torch.empty_like(self.parameters)
+        with self._running() as on_its_stream:
+            for number, group in enumerate(self.groups):
+                with on_its_stream(number):
+                    graph = _Graph(self, group, self._buffers(group))
+                    self.losses[group] = graph.losses.detach()
+                    graph.pull_back(g[group])
+        return g, self.losses
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """Losses [M] and particles [M, G, D], without graph."""
+        kept, limit = len(self.groups), self.strategy.members_at_a_time
+        if limit is not None:
+            kept = max(1, limit // (self.groups[0].stop - self.groups[0].start))
+        particles = []
+        with self._running() as on_its_stream:
+            for number, group in enumerate(self.groups):
+                with on_its_stream(number):
+                    buffers, last = self._buffers(group), number >= len(self.groups) - kept
+                    if not last:
+                        self.before[number] = self._copies(group), random_state(self.x.device)
+                    graph = _Graph(self, group, buffers)
+                    self.losses[group] = graph.losses.detach()
+                    particles.append(self.streams.shared(graph.particles.detach()))
+                    if last:
+                        self.alive[number] = graph
+                    del graph
+        shape = particles[0].shape[-2:]
+        return self.losses, torch.cat([own.reshape(-1, *shape) for own in particles])
+
+    def pull_back(self, cotangents: Tensor, measure: bool = False) -> tuple[Tensor, Tensor | None]:
+        """The gradient [M, P] of the losses and, with the given cotangents [M, G, D], the particles.
+
+        Frees the graphs. If `measure`, the losses' gradient alone too.
+        """
+        g = torch.empty_like(self.parameters)
+        plain = torch.empty_like(g) if measure else None
+        after = random_state(self.x.device) if self.before else None
+        with self._running() as on_its_stream:
+            for number in reversed(range(len(self.groups))):  # those that are alive come first
+                group = self.groups[number]
+                with on_its_stream(number):
+                    graph = self.alive.pop(number) if number in self.alive else self._again(number)
+                    if measure:
+                        graph.pull_back(plain[group], keep=True)
+                    graph.pull_back(g[group], cotangents[group])
+                    del graph
+        if after is not None:
+            set_random_state(after, self.x.device)
+        return g, plain
+
+    def _again(self, number: int) -> _Graph:
+        """The group's graph as it was; the buffers that it writes are copies that nobody reads."""
+        buffers, random = self.before.pop(number)
+        set_random_state(random, self.x.device)
+        return _Graph(self, self.groups[number], buffers)
+
+    def _buffers(self, group: slice) -> list[dict[str, Tensor]] | None:
+        return None if self.buffers is None else list(self.buffers[group])
+
+    def _copies(self, group: slice) -> list[dict[str, Tensor]]:
+        buffers = self._buffers(group) or [dict(member.named_buffers()) for member in self.ensemble.members[group]]
+        return [{name: b.clone() for name, b in own.items()} for own in buffers]
+
+    @contextlib.contextmanager
+    def _running(self) -> Iterator[Callable]:
+        with _products_in(self.strategy.precision), self.streams:
+            yield self.streams.of
+
+
+class _Graph:
+    """Of one group of n members: losses [] or [n], particles [G, D] or [n, G, D], and the leaves they hang on."""
+
+    def __init__(self, whole: Graphs, group: slice, buffers: list[dict[str, Tensor]] | None):
+        modules, x, y, samples = list(whole.ensemble.members[group]), whole.x, whole.y, whole.samples
+        rows = whole.parameters[group].detach()
+        if len(modules) > 1:
+            members = _Stacked(modules, rows, buffers)
+            loss, space = (
+                torch.vmap(whole.loss, (0, None)),
+                whole.space and functools.partial(whole.space.stacked, members=len(modules)),
+            )
+        else:
+            own = buffers is None and whole.parameters is whole.ensemble.flat  # needs no tensors put in place
+            members = _One(modules[0], None if own else rows[0], buffers)
+            loss, space = whole.loss, whole.space
+        self.leaves, self.particles = members.leaves, None
+        forward = _autocast(members, whole.strategy.precision)
+        if space is not None and samples is None:
+            outputs, self.particles = space(forward, x, y)
+        else:
+            outputs = forward(x)
+            if space is not None:
+                with members.buffers_kept():
+                    _, self.particles = space(forward, x[:samples], y[:samples])
+        self.losses = loss(outputs, y)
+        members.finish()
+
+    def pull_back(self, out: Tensor, cotangents: Tensor | None = None, keep: bool = False) -> None:
+        """Write the gradient into out [n, P]."""
+        outputs, weights = [self.losses.sum()], [None]
+        if cotangents is not None:
+            outputs.append(self.particles)
+            weights.append(cotangents.view_as(self.particles))
+        gradients = torch.autograd.grad(outputs, self.leaves, weights, retain_graph=keep, materialize_grads=True)
+        torch.cat([one.reshape(len(out), -1) for one in gradients], 1, out=out)
+
+
+class _One:
+    """One member as a function of x [B, ...]: itself, or with other parameters [P] and buffers in it."""
+
+    def __init__(self, module: nn.Module, row: Tensor | None, buffers: list[dict[str, Tensor]] | None):
+        named = trainable(module)
+        self.module, self.tensors = module, dict(buffers[0]) if buffers else {}
+        self.leaves = [p for _, p in named] if row is None else _leaves(named, row)
+        if row is not None:
+            self.tensors |= {name: leaf for (name, _), leaf in zip(named, self.leaves, strict=True)}
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return functional_call(self.module, self.tensors, (x,)) if self.tensors else self.module(x)
+
+    @contextlib.contextmanager
+    def buffers_kept(self) -> Iterator[None]:
+        """What is written into buffers in here is lost."""
+        before, own = self.tensors, dict(self.module.named_buffers())
+        self.tensors = before | {name: before.get(name, b).clone() for name, b in own.items()}
+        yield
+        self.tensors = before
+
+    def finish(self) -> None:
+        """The buffers were written in place."""
+
+
+class _Stacked:
+    """n members as one function, by torch.vmap: of x [B, ...] or, with `each`, of an x for each [n, B, ...]."""
+
+    def __init__(self, modules: list[nn.Module], rows: Tensor, buffers: list[dict[str, Tensor]] | None):
+        named = trainable(modules[0])
+        self.module, self.leaves = modules[0], _leaves(named, rows)
+        frozen = [{name: p for name, p in module.named_parameters() if not p.requires_grad} for module in modules]
+        self.parameters = dict(zip((name for name, _ in named), self.leaves, strict=True)) | _stack(frozen)
+        self.written = [dict(module.named_buffers()) for module in modules] if buffers is None else buffers
+        self.buffers = _stack(self.written)  # batched: vmap refuses to write into unbatched ones
+
+    def __call__(self, x: Tensor, each: bool = False) -> Tensor:
+        def member(parameters, buffers, x):
+            return functional_call(self.module, {**parameters, **buffers}, (x,))
+
+        over = torch.vmap(member, (0, 0, 0 if each else None), randomness="different")
+        return over(self.parameters, self.buffers, x)
+
+    @contextlib.contextmanager
+    def buffers_kept(self) -> Iterator[None]:
+        """What is written into buffers in here is lost."""
+        before = self.buffers
+        self.buffers = {name: b.clone() for name, b in before.items()}
+        yield
+        self.buffers = before
+
+    def finish(self) -> None:
+        """Write the stacked buffers back into the members'."""
+        for name, stacked in self.buffers.items():
+            torch._foreach_copy_([own[name] for own in self.written], list(stacked.unbind()))
+
+
+def _leaves(named: list[tuple[str, nn.Parameter]], rows: Tensor) -> list[Tensor]:
+    """Parameters [P] or [n, P] as leaves of a graph, each [...] or [n, ...]."""
+    size = sum(p.numel() for _, p in named)
+    frozen = "as many trainable parameters as when the ensemble was built (freeze before building it)"
+    expect(size == rows.shape[-1], "ensemble", frozen, f"{size}, not {rows.shape[-1]}")
+    views = rows.split([p.numel() for _, p in named], -1)
+    return [
+        v.view(rows.shape[:-1] + p.shape).detach().requires_grad_() for v, (_, p) in zip(views, named, strict=True)
+    ]
+
+
+def _stack(dicts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.stack([one[name].detach() for one in dicts]) for name in dicts[0]}
+
+
+def alike(ensemble: Ensemble) -> bool:
+    """Whether all members are in the same training or evaluation modes, submodule by submodule."""
+    first, *others = [[module.training for module in member.modules()] for member in ensemble.members]
+    return all(own == first for own in others)
+
+
+def _autocast(forward: Callable, precision: str) -> Callable:
+    if precision != "bf16":
+        return forward
+
+    def run(x: Tensor, **options) -> Tensor:
+        with torch.autocast(x.device.type, torch.bfloat16):
+            return forward(x, **options).to(x.dtype)
+
+    return run
+
+
+@contextlib.contextmanager
+def _products_in(precision: str) -> Iterator[None]:
+    if precision != "tf32" or not torch.cuda.is_available():
+        yield
+        return
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.allow_tf32 = True
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
+
+
+class _Streams:
+    """As a context: the streams begin after the present one's work, and the present one goes on after theirs."""
+
+    def __init__(self, device: torch.device | None):
+        self.pool = [] if device is None else _pool(device)
+
+    def __enter__(self) -> None:
+        self.outside = torch.cuda.current_stream() if self.pool else None
+        for stream in self.pool:
+            stream.wait_stream(self.outside)
+
+    def __exit__(self, *error) -> None:
+        for stream in self.pool:
+            self.outside.wait_stream(stream)
+
+    def of(self, number: int):
+        """The context in which group `number` is computed."""
+        return torch.cuda.stream(self.pool[number % STREAMS]) if self.pool else contextlib.nullcontext()
+
+    def shared(self, tensor: Tensor) -> Tensor:
+        """Of one of the streams, and read by the one outside: its memory is not to be used again before."""
+        if self.pool:
+            tensor.record_stream(self.outside)
+        return tensor
+
+
+@functools.cache
+def _pool(device: torch.device) -> list:
+    return [torch.cuda.Stream(device) for _ in range(STREAMS)]
+
+
+def random_state(device: torch.device) -> list[Tensor]:
+    """Of torch's generators on the CPU and on `device`."""
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
+
+
+def set_random_state(random: list[Tensor], device: torch.device) -> None:
+    torch.set_rng_state(random[0].cpu())
+    if len(random) > 1 and device.type == "cuda":
+        torch.cuda.set_rng_state(random[1].cpu(), device)
