@@ -77,7 +77,8 @@ class Trainer:
                  optimizer: Callable[[Iterable], torch.optim.Optimizer] | None = None,
                  loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy, seed: int = 0,
                  accelerate: bool = True, strategy: str = "loop", members_at_a_time: int | None = None,
-                 precision: str = "full", repulsion_every: int = 1, repulsion_samples: int | None = None):  # fmt: skip
+                 precision: str = "full", repulsion_every: int = 1,
+                 repulsion_samples: int | None = None):  # fmt: skip
         expect(isinstance(ensemble, Ensemble), "ensemble", "an Ensemble", type(ensemble).__name__, TypeError)
         for name, value in (
             ("repulsion_weight", repulsion_weight),
