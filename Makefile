@@ -29,4 +29,4 @@ lint: .venv/installed-tests
 	touch $@
 
 clean:
-	rm -rf .venv build *.egg-info forde_fast/_C*.so
+	rm -rf .venv build *.egg-info forde_fast/_*.so

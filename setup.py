@@ -1,6 +1,6 @@
-"""Builds the package, and its C++ extension where a compiler and torch are at hand.
+"""Builds the package, its C++ extension where a compiler and torch are at hand, and the CUDA one beside nvcc.
 
-FORDE_FAST_BUILD=0 skips the extension, FORDE_FAST_BUILD=1 makes a failed build an error. Without either a
+FORDE_FAST_BUILD=0 skips the extensions, FORDE_FAST_BUILD=1 makes a failed build an error. Without either a
 failed build leaves a working package: `forde-fast info` then says what is missing.
 """
 
@@ -13,13 +13,19 @@ from setuptools import find_packages, setup
 BUILD = os.environ.get("FORDE_FAST_BUILD", "auto")
 
 
-def extension():
-    """The setup() arguments that build forde_fast._C; empty, with a line on stderr, where it cannot be built."""
+CXX_FLAGS = ["-O3", "-Wall", "-fvisibility=hidden"]
+# fused_kernel.h says why multiplications and additions are not contracted.
+NVCC_FLAGS = ["-O3", "-fmad=false", "--expt-relaxed-constexpr", "-Werror", "all-warnings"]
+# Nothing in the kernels is particular to one chip: they are compiled once and assembled for each.
+EVERY_GPU = ["-gencode=arch=compute_80,code=[sm_80,sm_90,sm_100,compute_80]"]
+
+
+def extensions():
+    """The setup() arguments that build the extensions; empty, with a line on stderr, where none can be built."""
     if BUILD == "0":
         return {}
     try:
-        from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
-        from torch.version import cuda as torch_cuda
+        from torch.utils.cpp_extension import BuildExtension, CppExtension
     except ImportError as error:
         if BUILD == "1":
             raise
@@ -27,30 +33,44 @@ def extension():
         return {}
 
     class OptionalBuild(BuildExtension):
-        """torch's BuildExtension raises RuntimeError without a compiler, which `optional=True` does not catch."""
+        """torch raises RuntimeError where a build fails, which `optional=True` does not catch."""
 
         def run(self):
+            self.tolerate(super().run, "no extension was")
+
+        def build_extension(self, extension):
+            self.tolerate(lambda: super(OptionalBuild, self).build_extension(extension), f"{extension.name} was not")
+
+        def tolerate(self, build, what):
             try:
-                super().run()
+                build()
             except Exception as error:
                 if BUILD == "1":
                     raise
-                print(f"forde_fast: the C++ extension was not built: {error}", file=sys.stderr)
+                print(f"forde_fast: {what} built: {error}", file=sys.stderr)
 
     sources = sorted(map(str, Path("csrc").glob("*.cpp"))) + sorted(map(str, Path("csrc/cpu").glob("*.cpp")))
-    cuda_sources = sorted(map(str, Path("csrc/cuda").glob("*.cu")))
-    kind = CppExtension
-    if cuda_sources and torch_cuda and CUDA_HOME:
-        kind, sources = CUDAExtension, sources + cuda_sources
-    flags = ["-O3", "-Wall", "-fvisibility=hidden", "-fopenmp"]
-    return {
-        "ext_modules": [kind("forde_fast._C", sources, extra_compile_args={"cxx": flags, "nvcc": ["-O3"]})],
-        "cmdclass": {"build_ext": OptionalBuild},
-    }
+    flags = {"cxx": [*CXX_FLAGS, "-fopenmp"]}
+    modules = [CppExtension("forde_fast._C", sources, extra_compile_args=flags, optional=True), *cuda_extension()]
+    return {"ext_modules": modules, "cmdclass": {"build_ext": OptionalBuild}}
+
+
+def cuda_extension():
+    """[forde_fast._cuda] where nvcc and a CUDA build of torch are: for the GPUs that are here or that
+    TORCH_CUDA_ARCH_LIST names, for every supported one where there are none."""
+    import torch
+    from torch.utils.cpp_extension import CUDA_HOME, CUDAExtension
+
+    if not (torch.version.cuda and CUDA_HOME and Path(CUDA_HOME, "bin", "nvcc").exists()):
+        return []
+    chosen = torch.cuda.is_available() or os.environ.get("TORCH_CUDA_ARCH_LIST")
+    flags = {"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS + ([] if chosen else EVERY_GPU)}
+    sources = sorted(str(path) for path in Path("csrc/cuda").iterdir() if path.suffix in (".cpp", ".cu"))
+    return [CUDAExtension("forde_fast._cuda", sources, extra_compile_args=flags, optional=True)]
 
 
 setup(
     packages=[*find_packages(include=["forde_fast", "forde_fast.*"]), "forde_fast.kernels"],
     package_dir={"forde_fast.kernels": "kernels"},
-    **extension(),
+    **extensions(),
 )

@@ -1,7 +1,7 @@
 """The registered operations: schemas, shapes for tracing, autograd. Implementations register themselves.
 
-C++ (csrc/) registers for CPU tensors, the Triton kernels for CUDA tensors. A machine without a compiler keeps
-the others.
+C++ (csrc/cpu) registers for CPU tensors, the Triton kernels and CUDA C++ (csrc/cuda) for CUDA tensors. A machine
+without a compiler keeps the others.
 """
 
 import functools
@@ -39,6 +39,11 @@ library.define(
 library.define(
     "median_rule(Tensor distances, Tensor? alignment, float log_count)"
     " -> (Tensor value, Tensor coefficients, Tensor bandwidth, Tensor projection)"
+)
+# Optional: the whole operation between the particles at the default bandwidth.
+library.define(
+    "fused(Tensor particles, Tensor? product, bool normalize, float eps, float log_count)"
+    " -> (Tensor value, Tensor gradient, Tensor bandwidth, Tensor distances)"
 )
 library.define("attach_gradient(Tensor particles, Tensor value, Tensor gradient) -> Tensor")
 library.define("scale_gradient(Tensor particles, Tensor gradient, Tensor factor) -> Tensor")
@@ -89,6 +94,13 @@ def _(distances, alignment, log_count):
     moving, repelling, groups = distances.shape
     sizes = ((), distances.shape, (repelling, groups), (moving, groups))
     return tuple(distances.new_empty(size) for size in sizes)
+
+
+@torch.library.register_fake("forde_fast::fused")
+def _(particles, product, normalize, eps, log_count):
+    members, groups = particles.shape[:2]
+    wide = functools.partial(particles.new_empty, dtype=accumulation_dtype(particles.dtype))
+    return wide(()), particles.new_empty(particles.shape), wide((members, groups)), wide((members, members, groups))
 
 
 @torch.library.impl(library, "attach_gradient", "CompositeExplicitAutograd")
@@ -153,5 +165,13 @@ def _register_triton() -> str:
     return ""
 
 
+def _register_cuda() -> str:
+    try:
+        import forde_fast._cuda  # noqa: F401
+    except ImportError as error:
+        return f"the CUDA extension is not built: {error}"
+    return "" if torch.cuda.is_available() else "no CUDA device"
+
+
 # backend -> why it cannot be used here; empty where it can. Found at import, so that torch.compile sees constants.
-UNUSABLE = {"reference": "", "cpp": _register_cpp(), "triton": _register_triton()}
+UNUSABLE = {"reference": "", "cpp": _register_cpp(), "triton": _register_triton(), "cuda": _register_cuda()}

@@ -20,6 +20,8 @@ BACKENDS = tuple(operators.UNUSABLE)
 # samples meet the worst of the product's rounding: differences that lie across the few heaviest directions.
 EXACT_COLUMNS = 256
 
+FUSED_MEMBERS = 16  # the most that the CUDA C++ kernel takes
+
 
 class ByProduct(NamedTuple):
     """What `combine` needs from `distances`; N rows: the particles, then the others where these are given."""
@@ -92,7 +94,8 @@ def repulsion(
     lengthscale  C: Identity, PCA or any object with `coordinates`, `product`, `dimension`; None: the identity
     others       [N, G, D], constants
     bandwidth    h: "median" (see `Median`), another `Median`, or a number or tensor ([], [G] or [N, G])
-    backend      "reference", "cpp", "triton", or "auto", which alone chooses
+    backend      "reference", "cpp", "triton", "cuda" (up to 16 particles, without others, at the default bandwidth),
+                 or "auto", which alone chooses
 
     Returns `Repulsion`: value and bandwidth in float32 (float64 for float64), the gradient in the particles'
     dtype. The value is differentiable once with respect to the particles. Sums run in float32 or better; where
@@ -107,10 +110,13 @@ def repulsion(
     if name == "reference":
         _check_finite(particles, others)
         result = implementation.repulsion(particles, lengthscale, others, normalize, eps, bandwidth)
+    elif name == "cuda":
+        _check_fused(particles, lengthscale, others, bandwidth)
+        result = _fused(implementation, particles, lengthscale, normalize, eps)
     else:
         d, state = _distances(implementation, particles, others, lengthscale, normalize, eps)
         projection = None
-        if name == "cpp" and isinstance(bandwidth, str | Median) and bandwidth in ("median", Median()):
+        if name == "cpp" and _is_default(bandwidth):
             value, c, h, projection = implementation.median_rule(d, state.alignment, Median().log_count(d))
             _check_finite(particles, others, value)
         else:
@@ -138,6 +144,7 @@ def distances(particles, lengthscale=None, *, others=None, normalize=True, eps=1
     if name == "reference":
         _check_finite(particles, others)
         return implementation.distances(particles, lengthscale, others, normalize, eps)
+    expect(name != "cuda", "backend", "one with two stages", "'cuda', which has one", RuntimeError)
     d, state = _distances(implementation, particles, others, lengthscale, normalize, eps)
     _check_finite(particles, others, d.sum())
     return d.to(operators.accumulation_dtype(particles.dtype)), state
@@ -162,7 +169,7 @@ def _distances(operations, particles, others, lengthscale, normalize, eps):
     particles, others = (None if rows is None else rows.detach().to(computed) for rows in (particles, others))
     rows = len(particles) + (0 if others is None else len(others))
     product = None
-    if rows > 1 and not (lengthscale is None or isinstance(lengthscale, Identity)):
+    if rows > 1 and not _is_identity(lengthscale):
         contrasts = operations.contrasts(particles, others, normalize, eps)
         if hasattr(lengthscale, "factors") and hasattr(operations, "project"):
             factors = lengthscale.factors(contrasts.dtype, contrasts.device)
@@ -188,6 +195,19 @@ def _combine(state, c: Tensor, projection: Tensor | None = None) -> Tensor:
     return state.combine(c.to(state.norm.dtype), projection).to(state.dtype)
 
 
+@torch.no_grad()
+def _fused(operations, particles, lengthscale, normalize, eps):
+    dtype, wide = particles.dtype, operators.accumulation_dtype(particles.dtype)
+    particles = particles.detach().to(torch.float64 if particles.shape[2] <= EXACT_COLUMNS else dtype)
+    product = None
+    if len(particles) > 1 and not _is_identity(lengthscale):
+        contrasts = operations.contrasts(particles, None, normalize, eps)
+        product = lengthscale.product(contrasts.flatten(0, 1)).view_as(contrasts)
+    log_count = Median().log_count(particles[None])
+    value, gradient, h, d = operations.fused(particles, product, normalize, eps, log_count)
+    return Repulsion(value.to(wide), gradient.to(dtype), h.to(wide), d.to(wide))
+
+
 def _choose(backend: str, particles, others, lengthscale, eps):
     """Validate, then the backend's name and the module or namespace that has its operations."""
     check_backend(backend)
@@ -201,7 +221,7 @@ def _choose(backend: str, particles, others, lengthscale, eps):
 
         return backend, reference
     interpreted = backend == "triton" and particles.is_cpu and operators.TRITON_INTERPRETS
-    fits = interpreted or particles.device.type == {"cpp": "cpu", "triton": "cuda"}[backend]
+    fits = interpreted or particles.device.type == ("cpu" if backend == "cpp" else "cuda")
     where = f"the particles are on {particles.device}"
     expect(fits, "backend", f"one for these particles, not {backend!r}", where, RuntimeError)
     if interpreted:  # the same kernels, run by Triton's interpreter on CPU tensors
@@ -209,6 +229,27 @@ def _choose(backend: str, particles, others, lengthscale, eps):
 
         return backend, kernels
     return backend, torch.ops.forde_fast
+
+
+def _check_fused(particles, lengthscale, others, bandwidth) -> None:
+    """RuntimeError for what the CUDA C++ kernel does not do."""
+
+    def need(holds, expected, got):
+        expect(holds, "backend", f"'triton', or for 'cuda' {expected}", got, RuntimeError)
+
+    need(len(particles) <= FUSED_MEMBERS, f"at most {FUSED_MEMBERS} particles", len(particles))
+    need(others is None, "particles that repel each other", "others")
+    need(_is_default(bandwidth), "the default bandwidth", bandwidth)
+    reason = operators.UNUSABLE["triton"]
+    need(_is_identity(lengthscale) or not reason, "no lengthscale, as its contrasts are Triton's", reason)
+
+
+def _is_default(bandwidth) -> bool:
+    return isinstance(bandwidth, str | Median) and bandwidth in ("median", Median())
+
+
+def _is_identity(lengthscale) -> bool:
+    return lengthscale is None or isinstance(lengthscale, Identity)
 
 
 def _check_finite(particles: Tensor, others: Tensor | None, outcome: Tensor | None = None) -> None:

@@ -115,7 +115,7 @@ def test_verify_and_info(capsys, monkeypatch):
     monkeypatch.setattr("forde_fast.verify.CASES", ("random", "dead row"))
     assert run("verify", "--json") == 0
     rows = json.loads(capsys.readouterr().out)
-    assert {row["backend"] for row in rows} == {"cpp", "triton"}
+    assert {row["backend"] for row in rows} == {"cpp", "triton", "cuda"}
     monkeypatch.setattr("forde_fast.testing.budget", lambda *a, **k: -1.0)
     assert run("verify") == 1
     assert "NO" in capsys.readouterr().out

@@ -85,7 +85,7 @@ BAD = [
     ({"others": torch.randn(3, 4, 10, dtype=F64)}, ValueError, "others: expected dtype torch.float32"),
     ({"others": torch.randn(3, 4, 10, device="meta")}, ValueError, "others: expected device cpu"),
     ({"others": torch.randn(3, 5, 10)}, ValueError, r"others: expected shape \[N, 4, 10\]"),
-    ({"backend": "cudnn"}, ValueError, "backend: expected one of auto, reference, cpp, triton, got 'cudnn'"),
+    ({"backend": "cudnn"}, ValueError, "backend: expected one of auto, reference, cpp, triton, cuda, got 'cudnn'"),
     ({"bandwidth": "mean"}, ValueError, "bandwidth: expected 'median'"),
     ({"bandwidth": -1.0}, ValueError, "bandwidth: expected a finite number > 0, got -1.0"),
     ({"bandwidth": torch.ones(2, 4)}, ValueError, r"bandwidth: expected a shape that broadcasts to \[3, 4\]"),

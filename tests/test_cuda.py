@@ -1,0 +1,218 @@
+"""The CUDA C++ kernel against the float64 oracle: on the host by fused_on_host.cpp, and on a GPU where there is one.
+
+On the host every case runs twice, with the threads in opposite orders: results that differ by a bit are an error.
+"""
+
+import ctypes
+import itertools
+import math
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import forde_fast as ff
+from forde_fast import reference
+from forde_fast.testing import CASES, compare, make_particles, make_pca
+
+F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
+INPUTS = {F32: 0, BF16: 1, F64: 2}  # enum Input in csrc/repulsion.h
+operation = sys.modules["forde_fast.repulsion"]  # the module; its function has the same name
+SOURCE = Path(__file__).with_name("fused_on_host.cpp")
+gpu = pytest.mark.skipif(not ff.available_backends()["cuda"], reason=ff.available_backends()["cuda"].reason or "")
+
+
+class Fused(ctypes.Structure):  # csrc/cuda/fused.h
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("particles", "product", "gradient", "value", "bandwidth")),
+        *((name, ctypes.c_void_p) for name in ("distances", "workspace")),
+        *((name, ctypes.c_int64) for name in ("groups", "columns", "stride_m", "stride_g")),
+        *(("members", ctypes.c_int), ("input", ctypes.c_int), ("normalize", ctypes.c_bool)),
+        *((name, ctypes.c_double) for name in ("eps", "log_count")),
+    )
+
+
+class Host:
+    """The operations of the cuda backend on CPU tensors, as on a chip of so many processors and so much memory."""
+
+    contrasts = staticmethod(torch.ops.forde_fast.contrasts)
+
+    def __init__(self, library):
+        self.run, self.processors, self.shared = library.fused_on_host, 3, 1 << 17
+        self.plans = set()  # (splits, chunks, slots) that came up
+
+    def fused(self, particles, product, normalize, eps, log_count):
+        members, groups, columns = particles.shape
+        assert particles.stride(2) == 1
+        wide = F64 if particles.dtype == F64 else F32
+        results = []
+        for backwards in (False, True):
+            value, h, d = (torch.empty(s, dtype=wide) for s in ((), (members, groups), (members, members, groups)))
+            gradient = torch.empty(particles.shape, dtype=particles.dtype)
+            tensors = particles, product, gradient, value, h, d
+            pointers = [None if x is None else x.data_ptr() for x in tensors]
+            sizes = groups, columns, particles.stride(0), particles.stride(1), members, INPUTS[particles.dtype]
+            call = Fused(*pointers, None, *sizes, normalize, eps, log_count)
+            plan = (ctypes.c_int * 3)()
+            ended = self.run(call, self.processors, ctypes.c_int64(self.shared), backwards, plan)
+            assert ended, "threads wait for each other"
+            results.append((value, gradient, h, d))
+            self.plans.add(tuple(plan))
+        for one, other in zip(*results, strict=True):
+            assert torch.equal(one.nan_to_num(), other.nan_to_num()), "the order of threads matters"
+        return results[0]
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    if shutil.which("g++") is None:
+        pytest.skip("no g++")
+    path = tmp_path_factory.mktemp("fused") / "fused.so"
+    flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC"]
+    subprocess.run(["g++", *flags, "-o", path, SOURCE], check=True)
+    loaded = ctypes.CDLL(path)
+    loaded.fused_on_host.argtypes = [Fused, ctypes.c_int, ctypes.c_int64, ctypes.c_bool, ctypes.c_void_p]
+    loaded.fused_on_host.restype = ctypes.c_bool
+    return loaded
+
+
+@pytest.fixture
+def host(library, monkeypatch):
+    """backend="cuda" runs on the host."""
+    if not ff.available_backends()["cpp"]:
+        pytest.skip("the contrasts here are those of the cpp backend")
+    host = Host(library)
+    monkeypatch.setattr(operation, "_choose", lambda backend, *_: ("cuda", host))
+    monkeypatch.setitem(operation.operators.UNUSABLE, "triton", "")
+    return host
+
+
+def relative(x, exact):
+    return float((x.double() - exact).norm() / exact.norm())
+
+
+# M: a pair, odd, the paper's, just beyond the kernel of ten rows, its most. D: odd, a vector's multiple, float32.
+SHAPES = [(2, 3, 7), (3, 4, 301), (10, 2, 304), (11, 1, 270), (16, 2, 300)]
+KINDS = {"identity": lambda size: None, "pca": make_pca, "low rank": lambda size: make_pca(size, 1 + size // 4, 0.01)}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_within_the_budget_of_errors(shape, kind, host):
+    for case in CASES if shape[0] == 3 and kind != "low rank" else ("random", "close pair 1e-4", "dead row"):
+        for dtype in (F32, BF16, F64) if case == "random" else (F32,):
+            for what, errors in compare("cuda", case, shape, dtype, KINDS[kind](shape[2]), draws=3).items():
+                assert errors.within, f"{what} of {case} in {dtype}: {errors}"
+
+
+def test_every_number_of_particles(host):
+    for members, kind, normalize in itertools.product(range(1, 17), ("identity", "pca"), (True, False)):
+        particles, scale = torch.randn(members, 2, 21, dtype=F64), KINDS[kind](21)
+        exact = reference.repulsion(particles, scale, normalize=normalize)
+        result = ff.repulsion(particles, scale, normalize=normalize, backend="cuda")
+        for part, same in zip(result, exact, strict=True):
+            assert part.shape == same.shape
+            assert torch.allclose(part, same, rtol=1e-10, atol=1e-13)
+
+
+PLANS = [  # multiprocessors, bytes for rows, samples, columns -> (splits, chunks, slots)
+    (4, 1 << 17, 3, 1500, (1, 1, 1)),  # a block for each sample
+    (4, 1 << 17, 13, 300, (1, 1, 4)),  # four samples stay with a block
+    (2, 1 << 13, 9, 300, (1, 1, 2)),  # two of five stay
+    (2, 1 << 11, 5, 300, (1, 3, 1)),  # a sample passes in pieces
+    (4, 1 << 17, 1, 3000, (3, 1, 1)),  # the blocks share a sample
+    (5, 1 << 13, 2, 2500, (2, 2, 1)),  # and take it in pieces
+]
+
+
+@pytest.mark.parametrize(("processors", "shared", "groups", "columns", "expected"), PLANS)
+@pytest.mark.parametrize("dtype", [F32, BF16, F64], ids=str)
+def test_every_plan(processors, shared, groups, columns, expected, dtype, host):
+    """The same sums, in whatever pieces: rows of unaligned and of padded samples too."""
+    host.processors, host.shared = processors, shared * dtype.itemsize // 4
+    particles = make_particles("duplicate", (3, groups, columns), 0).to(dtype)
+    exact = reference.repulsion(particles.double())
+    padded = torch.full((3, groups + 1, columns + 8), math.nan, dtype=dtype)[:, 1:, 8:]
+    odd = torch.full((3, groups, columns + 1), math.nan, dtype=dtype)[..., 1:]
+    for rows in (particles, padded.copy_(particles), odd.copy_(particles)):
+        result = ff.repulsion(rows, backend="cuda")
+        for part, same in zip(result, exact, strict=True):
+            assert relative(part, same) < (4e-3 if part.dtype == BF16 else 1e-5 if part.dtype == F32 else 1e-10)
+        assert not result.distances[2, 1].any()
+    assert host.plans == {expected}
+
+
+def test_what_is_not_finite_shows(host):
+    for bad in (math.nan, math.inf, 1e25):
+        particles = torch.randn(3, 2, 300)
+        particles[1, 1, 5] = bad
+        assert ff.repulsion(particles, backend="cuda").value.isnan()
+
+
+def test_it_says_what_it_does_not_do(host, monkeypatch):
+    particles = torch.randn(3, 2, 5)
+    for call, message in (
+        (lambda: ff.repulsion(torch.randn(17, 2, 5), backend="cuda"), "at most 16 particles, got 17"),
+        (lambda: ff.repulsion(particles, others=particles, backend="cuda"), "repel each other, got others"),
+        (lambda: ff.repulsion(particles, bandwidth=0.5, backend="cuda"), "the default bandwidth, got 0.5"),
+        (lambda: ff.distances(particles, backend="cuda"), "one with two stages"),
+    ):
+        with pytest.raises(RuntimeError, match=f"backend: .*{message}"):
+            call()
+    monkeypatch.setitem(operation.operators.UNUSABLE, "triton", "no Triton")
+    with pytest.raises(RuntimeError, match=r"no lengthscale, .* got no Triton"):
+        ff.repulsion(particles, make_pca(5), backend="cuda")
+
+
+def test_shapes_for_tracing(host):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    for dtype in (F32, BF16, F64):
+        particles = torch.randn(3, 2, 300).to(dtype)
+        with FakeTensorMode() as mode:
+            traced = torch.ops.forde_fast.fused(mode.from_tensor(particles), None, True, 1e-24, 1.0)
+        for part, same in zip(traced, host.fused(particles, None, True, 1e-24, 1.0), strict=True):
+            assert (part.shape, part.dtype, part.stride()) == (same.shape, same.dtype, same.stride())
+
+
+@gpu
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", [*SHAPES, (1, 5, 300), (10, 128, 3072), (10, 300, 784), (5, 2, 100_003)], ids=str)
+def test_gpu_within_the_budget_of_errors(shape, kind):
+    if shape[2] > 4000 and kind != "identity":
+        pytest.skip("a basis of 80 GB")
+    for case in CASES if shape[1] < 100 else ("random", "duplicate"):
+        for dtype in (F32, BF16, F64):
+            for what, errors in compare("cuda", case, shape, dtype, KINDS[kind](shape[2]), 2, "cuda").items():
+                assert errors.within, f"{what} of {case} in {dtype}: {errors}"
+
+
+@gpu
+def test_gpu_graph_without_waiting():
+    particles = torch.randn(10, 64, 3072, device="cuda")
+    expected = ff.repulsion(particles, backend="cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        ff.repulsion(particles, backend="cuda")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = ff.repulsion(particles, backend="cuda")
+    graph.replay()
+    for part, same in zip(result, expected, strict=True):
+        assert torch.equal(part, same)
+    torch.library.opcheck(torch.ops.forde_fast.fused.default, (particles[:3, :2], None, True, 1e-24, 1.0))
+
+
+@gpu
+def test_gpu_stream_and_derivative():
+    particles = torch.randn(4, 8, 3072, device="cuda", requires_grad=True)
+    with torch.cuda.stream(torch.cuda.Stream()):
+        result = ff.repulsion(particles, backend="cuda")
+    torch.cuda.synchronize()
+    result.value.backward()
+    assert torch.equal(particles.grad, result.gradient)

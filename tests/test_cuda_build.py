@@ -1,0 +1,54 @@
+"""What the compiler makes of the CUDA C++ sources for GPUs that are not here: no warnings, no spills."""
+
+import re
+import shutil
+import subprocess
+import sysconfig
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+NVCC = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
+pytestmark = pytest.mark.skipif(not Path(NVCC).exists(), reason="no nvcc")
+
+
+def setup_list(name):
+    """A list of strings that setup.py assigns to a name."""
+    return re.findall(r'"([^"]*)"', re.search(rf"^{name} = (\[.*\])", (ROOT / "setup.py").read_text(), re.M)[1])
+
+
+def test_every_kernel_for_every_chip(tmp_path):
+    flags = [*setup_list("NVCC_FLAGS"), *setup_list("EVERY_GPU"), "-std=c++17", "-Xptxas", "-v,-warn-spills"]
+    sources = list((ROOT / "csrc/cuda").glob("*.cu"))
+    command = [NVCC, *flags, "-c", *sources, "-odir", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = (done.stdout + done.stderr).split("Compiling entry function")[1:]
+    found = Counter()
+    for text in report:
+        chip, rows = re.search(r"for '(sm_\d+)'", text)[1], re.search(r"Li(\d+)ELb", text)[1]
+        registers = int(re.search(r"Used (\d+) registers", text)[1])
+        print(chip, text.split("'")[1], registers, "registers")
+        assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in text, text
+        assert registers <= {"10": 168, "16": 255}[rows], text  # 384 and 256 threads share 65536
+        assert "smem" not in text, text  # all of it is dynamic: the launcher's plan bounds it
+        found[chip] += 1
+    assert found == dict.fromkeys(("sm_80", "sm_90", "sm_100"), 10)
+
+
+def test_the_binding_is_valid_cxx(tmp_path):
+    """Against the headers alone: a CPU build of torch lacks the libraries, and one header that its build writes."""
+    torch_headers = Path(torch.__file__).parent / "include"
+    stand_in = tmp_path / "c10/cuda/impl/cuda_cmake_macros.h"
+    stand_in.parent.mkdir(parents=True)
+    stand_in.touch()
+    system = [torch_headers, torch_headers / "torch/csrc/api/include", sysconfig.get_path("include")]
+    system += [Path(NVCC).resolve().parents[1] / "include", "/usr/local/cuda/include"]
+    includes = [word for path in system for word in ("-isystem", path)] + ["-idirafter", tmp_path]
+    for source in (ROOT / "csrc/cuda").glob("*.cpp"):
+        flags = ["-std=c++20", "-fsyntax-only", "-Wall", "-Wextra", "-Werror", "-Wno-unused-parameter"]
+        done = subprocess.run(["g++", *flags, *includes, source], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
