@@ -81,7 +81,7 @@ struct FusedKernel {
   Small<T>& small;
   In* const memory;  // [slots, chunk / kThreads, M, kThreads]
 
-  static_assert(sizeof(Small<T>) <= kSmallShared, "");
+  static_assert(sizeof(Small<T>) <= kSmallShared && kThreads / 32 * 64 * sizeof(T) <= sizeof(Small<T>::partial), "");
   static constexpr int kPairs = kRows * (kRows - 1) / 2;
   static constexpr int kPairsAtOnce = 48;                                        // sums in the registers of a thread
   static constexpr int kColumns = kRows * sizeof(T) <= 40 ? 2 : 1;  // mixed at a time
@@ -292,7 +292,7 @@ struct FusedKernel {
   }
 
   FORDE_INLINE void stage_1(int item) const {
-    block.sync();  // the last item's sums have been read
+    // weigh's last barrier came after the last item's sums had been read
     FORDE_ROLLED for (int n = block.thread(); n < kShared; n += kThreads) small.sums[n] = small.squares[n % kMostMembers] = 0;
     FORDE_ROLLED for (int from = 0; from < width(item); from += p.chunk) {
       load(range(item, from));
@@ -310,7 +310,6 @@ struct FusedKernel {
 
   // small.rows over all blocks, and the value.
   FORDE_INLINE void add_over_blocks() const {
-    block.sync();
     double* rows = f.workspace;  // [blocks, kMostMembers]
     if (block.thread() < f.members) rows[block.index() * kMostMembers + block.thread()] = small.rows[block.thread()];
     block.sync_grid();
