@@ -4,6 +4,7 @@ Trinh, Heinonen, Acerbi, Kaski: Input-gradient space particle inference for neur
 """
 
 from forde_fast import data, models
+from forde_fast.checkpoint import load_ensemble, save_ensemble, save_member
 from forde_fast.data import corrupt
 from forde_fast.ensemble import Ensemble
 from forde_fast.evaluation import score
@@ -14,7 +15,7 @@ from forde_fast.rule import Median
 from forde_fast.second_order import Acceleration, accelerate, decelerate
 from forde_fast.spaces import InputGradients
 from forde_fast.trainer import Log, Trainer
-from forde_fast.types import Backend, Repulsion
+from forde_fast.types import Backend, Prediction, Repulsion
 
 __all__ = [
     "PCA",
@@ -27,6 +28,7 @@ __all__ = [
     "Log",
     "Median",
     "Method",
+    "Prediction",
     "Repulsion",
     "Trainer",
     "accelerate",
@@ -36,7 +38,10 @@ __all__ = [
     "data",
     "decelerate",
     "distances",
+    "load_ensemble",
     "models",
     "repulsion",
+    "save_ensemble",
+    "save_member",
     "score",
 ]

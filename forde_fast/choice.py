@@ -68,7 +68,8 @@ def why_not(kind: str, strategy: Strategy, ensemble: Ensemble, objective: Object
     space = objective.method.space
     if space is not None and not hasattr(space, "stacked"):
         return f"the space {getattr(space, '__name__', type(space).__name__)} has no stacked form"
-    if len({repr(member) for member in ensemble.members}) > 1 or not alike(ensemble):
+    same = ensemble.uniform and len({repr(member) for member in ensemble.members}) == 1
+    if not same or not alike(ensemble):
         return "the members are not built alike"
     with _unchanged(ensemble):
         try:

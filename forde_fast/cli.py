@@ -94,6 +94,26 @@ def _evaluate(command):
     return call
 
 
+def _doctor(command):
+    """Read a run's log and say what went wrong and what to change; fails if something did."""
+    command.add_argument("run", help="the run's folder, finished or not")
+    command.add_argument("--json", action="store_true")
+
+    def call(options) -> int:
+        from forde_fast.doctor import examine, read_log
+
+        found = _before_work(options, lambda: examine(read_log(options.run)))
+        if options.json:
+            print(json.dumps([finding._asdict() for finding in found], indent=1))
+        for name, seen, advice in () if options.json else found:
+            print(f"{name}\n    seen: {seen}\n    change: {advice}")
+        if not found and not options.json:
+            print("nothing found: no sign of a known fault in this run's log")
+        return 1 if found else 0
+
+    return call
+
+
 def _verify(command):
     """Compare every usable backend with the float64 oracle; fails if one is out of its budget."""
     command.add_argument("--json", action="store_true")
@@ -186,6 +206,7 @@ COMMANDS = {
     "train": _train,
     "compare": _compare,
     "evaluate": _evaluate,
+    "doctor": _doctor,
     "verify": _verify,
     "bench": _bench,
     "info": _info,

@@ -9,17 +9,21 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from forde_fast.evaluation import decompose
+from forde_fast.types import Prediction
 from forde_fast.validation import expect, whole
 
 
 class Ensemble(nn.Module):
     """Members made by `make_model()` one after another, from one seed; member 0 is what the seed alone gives.
 
-    flat  [M, P], the trainable parameters of all members: a member's parameters are views of its row, in the
-          order of `named_parameters()`. Frozen ones (requires_grad=False) stay outside.
+    flat   [M, P], the trainable parameters of all members: a member's parameters are views of its row, in the
+           order of `named_parameters()`. Frozen ones (requires_grad=False) stay outside
+    sizes  [M], how many a member has: members may differ, in their heads or altogether. P is the largest one's,
+           and the rest of a smaller one's row stays 0
 
     Called on x it returns the members' outputs [M, B, K]. Raises TypeError or ValueError for members = 0 and
-    for members whose trainable parameters differ in name, shape, dtype or device.
+    for members whose trainable parameters differ in dtype or device.
     """
 
     def __init__(self, make_model: Callable[[], nn.Module], members: int = 10, seed: int = 0):
@@ -46,33 +50,27 @@ class Ensemble(nn.Module):
         expect(len({id(m) for m in modules}) == len(modules), "modules", "distinct modules", "one of them twice")
         self.members = nn.ModuleList(modules)
         self.training = all(module.training for module in modules)  # if not, the trainer sees to it
-        first = self._signature(modules[0])
-        expect(len(first) > 0, "modules", "some trainable parameters", "none")
-        for number, module in enumerate(modules[1:], 1):
-            other = self._signature(module)
-            odd = next(
-                (pair for pair in zip(first, other, strict=False) if pair[0] != pair[1]),
-                (len(first), len(other)),
-            )
-            expect(first == other, f"modules[{number}]", f"the parameters of modules[0], {odd[0]}", odd[1])
-        kinds = {f"{dtype} on {device}" for _, _, dtype, device in first}
+        for number, module in enumerate(modules):
+            expect(len(trainable(module)) > 0, f"modules[{number}]", "some trainable parameters", "none")
+        kinds = {f"{p.dtype} on {p.device}" for module in modules for _, p in trainable(module)}
         expect(len(kinds) == 1, "modules", "one dtype and device", ", ".join(sorted(kinds)))
         own = [id(p) for module in modules for _, p in trainable(module)]
         shared = "one that several members share"
         expect(len(set(own)) == len(own), "modules", "trainable parameters of their own", shared)
         self._flatten()
 
-    @staticmethod
-    def _signature(module: nn.Module) -> list[tuple]:
-        return [(n, tuple(p.shape), p.dtype, p.device) for n, p in trainable(module)]
+    @property
+    def uniform(self) -> bool:
+        """Whether all members have trainable parameters of the same names and shapes: row by row the same entries."""
+        return len({tuple((n, p.shape) for n, p in trainable(member)) for member in self.members}) == 1
 
     def _flatten(self) -> None:
         rows = [torch.cat([p.detach().flatten() for _, p in trainable(m)]) for m in self.members]
-        self.flat = torch.stack(rows)
+        self.sizes = [len(row) for row in rows]
+        self.flat = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)  # zeros after a smaller member's
         for row, module in zip(self.flat, self.members, strict=True):
-            named = trainable(module)
-            for (_, p), view in zip(named, row.split([p.numel() for _, p in named]), strict=True):
-                p.data = view.view(p.shape)
+            for p, view in split_row(row, module):
+                p.data = view
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)  # moves or casts parameter by parameter: they are no views afterwards
@@ -110,23 +108,36 @@ class Ensemble(nn.Module):
         named = trainable(self.members[index])
         size = sum(p.numel() for _, p in named)
         frozen = "as many trainable parameters as when the ensemble was built (freeze before building it)"
-        expect(size == len(parameters), "ensemble", frozen, f"{size}, not {len(parameters)}")
-        views = parameters.split([p.numel() for _, p in named])
-        tensors = {name: view.view(p.shape) for (name, p), view in zip(named, views, strict=True)}
+        expect(size == self.sizes[index], "ensemble", frozen, f"{size}, not {self.sizes[index]}")
+        views = split_row(parameters, self.members[index])
+        tensors = {name: view for (name, _), (_, view) in zip(named, views, strict=True)}
         return lambda x: functional_call(self.members[index], {**tensors, **(buffers or {})}, (x,))
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.stack([member(x) for member in self.members])
+        outputs = [member(x) for member in self.members]
+        shapes = [list(own.shape) for own in outputs]
+        odd = next((shape for shape in shapes if shape != shapes[0]), None)
+        expect(odd is None, "modules", f"one shape of output, {shapes[0]}", odd)
+        return torch.stack(outputs)
 
     @torch.no_grad()
     def predict_members(self, x: Tensor, batch_size: int = 1024) -> Tensor:
-        """x [B, ...] -> each member's softmax [M, B, K], in evaluation mode; the modes are restored."""
+        """x [B, ...] -> each member's softmax [M, B, K], in evaluation mode; the modes are restored.
+
+        The softmax of half-precision outputs is taken in float32.
+        """
         with evaluation_mode(self):
-            return torch.cat([self(part).softmax(-1) for part in x.split(batch_size)], dim=1)
+            return torch.cat([_wide(self(part)).softmax(-1) for part in x.split(batch_size)], dim=1)
 
     def predict_proba(self, x: Tensor, batch_size: int = 1024) -> Tensor:
         """x [B, ...] -> [B, K], the mean of the members' softmax."""
         return self.predict_members(x, batch_size).mean(0)
+
+    def predict(self, x: Tensor, batch_size: int = 1024) -> Prediction:
+        """x [B, ...] -> mean [B, K] and members' [M, B, K] probabilities, total, aleatoric and epistemic uncertainty
+        [B] in nats, as `evaluation.uncertainty` has them."""
+        members = self.predict_members(x, batch_size)
+        return Prediction(members.mean(0), members, **decompose(members))
 
 
 @contextlib.contextmanager
@@ -139,6 +150,18 @@ def evaluation_mode(module: nn.Module) -> Iterable[None]:
     finally:
         for m in training:
             m.training = True
+
+
+def _wide(outputs: Tensor) -> Tensor:
+    return outputs.float() if outputs.dtype.itemsize < 4 else outputs
+
+
+def split_row(row: Tensor, module: nn.Module) -> list[tuple[nn.Parameter, Tensor]]:
+    """A module's trainable parameters with their views of `row` [P], of which a part may be left over."""
+    parameters = [p for _, p in trainable(module)]
+    sizes = [p.numel() for p in parameters]
+    views = row[: sum(sizes)].split(sizes)
+    return [(p, view.view(p.shape)) for p, view in zip(parameters, views, strict=True)]
 
 
 def trainable(module: nn.Module) -> list[tuple[str, nn.Parameter]]:

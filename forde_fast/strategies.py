@@ -162,7 +162,8 @@ class _Graph:
 
     def __init__(self, whole: Graphs, group: slice, buffers: list[dict[str, Tensor]] | None):
         modules, x, y, samples = list(whole.ensemble.members[group]), whole.x, whole.y, whole.samples
-        rows = whole.parameters[group].detach()
+        self.size = whole.ensemble.sizes[group.start]  # of a row's entries; there are more where another is larger
+        rows = whole.parameters[group, : self.size].detach()
         if len(modules) > 1:
             members = _Stacked(modules, rows, buffers)
             loss, space = (
@@ -192,7 +193,8 @@ class _Graph:
             outputs.append(self.particles)
             weights.append(cotangents.view_as(self.particles))
         gradients = torch.autograd.grad(outputs, self.leaves, weights, retain_graph=keep, materialize_grads=True)
-        torch.cat([one.reshape(len(out), -1) for one in gradients], 1, out=out)
+        torch.cat([one.reshape(len(out), -1) for one in gradients], 1, out=out[:, : self.size])
+        out[:, self.size :].zero_()
 
 
 class _One:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from forde_fast import second_order, validation
 from forde_fast.choice import choose
-from forde_fast.ensemble import Ensemble, evaluation_mode
+from forde_fast.ensemble import Ensemble, evaluation_mode, split_row
 from forde_fast.methods import Method, resolve
 from forde_fast.repulsion import check_backend
 from forde_fast.spaces import InputGradients
@@ -56,7 +56,7 @@ class Trainer:
     loss              (outputs, y) -> [], mean over the batch
     seed              of what is random in `fit` (dropout); the loader has its own
     accelerate        swap in layers with a fast second-order pass (see `forde_fast.accelerate`, whose report is
-                      `acceleration`); False: leave the ensemble's layers as they are
+                      `acceleration`) where anything repels; False: leave the ensemble's layers as they are
     strategy          how the members are computed: "loop", "stacked" or "streams" (see `Strategy`), or "auto", which
                       tries a few steps of each at the first batch and takes the fastest; it is a loop where there
                       is no repulsion or members draw random numbers. They differ in rounding, so that "auto" may
@@ -103,9 +103,11 @@ class Trainer:
         self.strategy, self.strategy_report = strategy, ""
         self._strategy = Strategy("loop", members_at_a_time, precision)  # `strategy` goes into it at the first step
         self.ensemble = ensemble
-        self.acceleration = second_order.accelerate(ensemble) if accelerate else second_order.Acceleration()
         self.objective = Objective(resolve(method), lengthscale, repulsion_weight, eps, backend, loss,
                                    repulsion_every, repulsion_samples)  # fmt: skip
+        # where nothing repels there is no second-order pass, and training stays plain PyTorch's to the byte
+        accelerate = accelerate and self.objective.repels(len(ensemble))
+        self.acceleration = second_order.accelerate(ensemble) if accelerate else second_order.Acceleration()
         self.sgd = SGD(lr, momentum, nesterov, weight_decay)
         self.velocity = torch.zeros_like(ensemble.flat)
         self.optimizer = None
@@ -243,10 +245,9 @@ class Trainer:
         self._log_sum = state["log_sum"].to(self._log_sum, copy=True)
 
     def _step_with_optimizer(self, g: Tensor, rate: float) -> None:
-        parameters = [[p for p in member.parameters() if p.requires_grad] for member in self.ensemble.members]
-        for row, own in zip(g, parameters, strict=True):
-            for p, view in zip(own, row.split([p.numel() for p in own]), strict=True):
-                p.grad = view.view(p.shape)
+        for row, member in zip(g, self.ensemble.members, strict=True):
+            for p, view in split_row(row, member):
+                p.grad = view
         for group, lr in zip(self.optimizer.param_groups, self._rates, strict=True):
             group["lr"] = lr * rate
         self.optimizer.step()
@@ -267,7 +268,7 @@ class Trainer:
         expect(dimension in (None, size), "x", f"{dimension} values per sample, as the lengthscale", size)
         if self._shape != x.shape[1:]:
             with torch.no_grad(), evaluation_mode(self.ensemble):
-                self._classes = self.ensemble.member(0)(x).shape[-1]
+                self._classes = self.ensemble(x).shape[-1]
             self._shape = x.shape[1:]
         elif x.is_cuda:
             return  # values are looked at once: each look would wait for the device

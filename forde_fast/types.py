@@ -32,3 +32,20 @@ class Backend(NamedTuple):
 
     def __str__(self) -> str:
         return "usable" if self.usable else self.reason
+
+
+class Prediction(NamedTuple):
+    """What `Ensemble.predict` returns, for B samples and K classes.
+
+    mean       [B, K]     mean of the members' probabilities: the ensemble's prediction
+    members    [M, B, K]  each member's probabilities
+    total      [B]        entropy of the mean, in nats
+    aleatoric  [B]        mean of the members' entropies: what more members would not take away
+    epistemic  [B]        their difference, the mutual information of label and member: how much members disagree
+    """
+
+    mean: Tensor
+    members: Tensor
+    total: Tensor
+    aleatoric: Tensor
+    epistemic: Tensor

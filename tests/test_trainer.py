@@ -163,7 +163,7 @@ def test_one_member_is_a_plain_loop(sgd, method):
     data = batches(6)
     torch.manual_seed(11)
     model = net(dropout=0.3)
-    trainer = ff.Trainer(ff.Ensemble(lambda: net(dropout=0.3), 1, seed=11), method, accelerate=False, **sgd)
+    trainer = ff.Trainer(ff.Ensemble(lambda: net(dropout=0.3), 1, seed=11), method, **sgd)
     torch.manual_seed(5)
     plain_loop([model], data, **sgd)
     torch.manual_seed(5)
@@ -177,7 +177,7 @@ def test_one_member_is_a_plain_loop(sgd, method):
 def test_without_repulsion_members_are_independent_plain_loops(options):
     ensemble = ff.Ensemble(lambda: net(dropout=0.3), 3, seed=2)
     models = [copy.deepcopy(member) for member in ensemble.members]
-    data, trainer = batches(6), ff.Trainer(ensemble, accelerate=False, **options)
+    data, trainer = batches(6), ff.Trainer(ensemble, **options)
     torch.manual_seed(5)
     plain_loop(models, data)
     torch.manual_seed(5)
@@ -535,7 +535,7 @@ def test_fit_is_a_plain_loop_at_the_schedules_rates(schedule):
     ensemble = ff.Ensemble(net, 2)
     models = [copy.deepcopy(member) for member in ensemble.members]
     data, seen = batches(3), []
-    trainer = ff.Trainer(ensemble, "de", accelerate=False)
+    trainer = ff.Trainer(ensemble, "de")
     trainer.fit(data, 10, schedule, on_step=lambda epoch, log: seen.append((epoch, float(log.cross_entropy))))
     rates = [schedule(epoch / 10) for epoch in range(10) for _ in data]
     assert_same_networks(ensemble, plain_loop(models, data * 10, rates))

@@ -1,0 +1,177 @@
+"""What a run's log says went wrong, and what to change: the known ways in which a repulsive ensemble fails."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import median
+from typing import NamedTuple
+
+from forde_fast.validation import expect
+
+
+class Finding(NamedTuple):
+    """name of the fault, what was seen of it (with its limit), what to change"""
+
+    name: str
+    seen: str
+    advice: str
+
+
+class Limits:
+    """Where a quantity, as its median over the second half of the steps, is no longer that of a sound run.
+
+    `tests/test_doctor.py` has a run on each side of every one of them.
+    """
+
+    cosine = 0.95  # members that were initialised apart come to 0.2 to 0.8; 0.95 is an angle of 18 degrees
+    alike = 0.9  # of the mean kernel: under the median rule it lies near 1/M, below 0.5 for any M
+    zero = 1e-4  # of the mean kernel: under the median rule 1/M, and nobody trains 10,000 members
+    jump = 0.3  # of the median distance from step to step, relative: 0.02 to 0.1 in batches of 128 to 16
+    weak = 1e-3  # of the gradients' ratio: parameters move by a thousandth of what cross-entropy moves them
+    strong = 1.0  # of the same: the members are moved more by each other than by the data
+    fallen = 0.9  # of the first steps' cross-entropy: late in training its gradient fades, so that a ratio
+    # above `strong` is a fault only where cross-entropy did not fall below this share
+    dead = 0.01  # share of the particles: each is a sample and member that nothing pushes apart
+    alignment = 1e-3  # mean |cosine| of input and input gradient: 0.8 / sqrt(D) for directions of chance
+    variance = (0.5, 2.0)  # over that of the lengthscale's images: batches and augmentation move it by a tenth
+
+
+def examine(log: Sequence[dict]) -> list[Finding]:
+    """The faults in a log, one dict per step as `log.jsonl` has them; none for a run without repulsion, where there
+    is nothing to examine but that it did not diverge. Raises ValueError for an empty log."""
+    expect(len(log) > 0, "log", "at least one step", "none")
+    late = log[len(log) // 2 :]
+    found = [check(log, late) for check in CHECKS[: None if "kernel_mean" in log[0] else 1]]
+    return [finding for finding in found if finding is not None]
+
+
+def read_log(folder: str | Path) -> list[dict]:
+    """The steps in a run's folder. Raises FileNotFoundError, and ValueError for a file of another kind."""
+    path = Path(folder) / "log.jsonl"
+    expect(path.is_file(), "run", "the folder of a run, with its log.jsonl", folder, FileNotFoundError)
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    log = []
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+            expect("cross_entropy" in record, f"{path}, line {number}", "a step of a run", line[:40])
+            log.append(record)
+        except (json.JSONDecodeError, TypeError):
+            if number < len(lines):  # the last line of a run that is being written may be cut off
+                raise ValueError(f"{path}, line {number}: expected a step of a run, got {line[:40]!r}") from None
+    return log
+
+
+def _middle(log: Sequence[dict], key: str) -> float:
+    return median(record[key] for record in log)
+
+
+def _diverged(log, late) -> Finding | None:
+    bad = next((r for r in log if not math.isfinite(r["cross_entropy"])), None)
+    if bad is None:
+        return None
+    seen = f"cross-entropy is {bad['cross_entropy']} at step {bad['step']}"
+    return Finding("diverged", seen, "a smaller lr (a tenth), and inputs of mean 0 and deviation 1")
+
+
+def _collapsed(log, late) -> Finding | None:
+    cosine = _middle(late, "gradient_cosine")
+    if cosine <= Limits.cosine:
+        return None
+    return Finding(
+        "members collapse",
+        f"mean cosine between members' gradients {cosine:.3f} (limit {Limits.cosine})",
+        "members that start apart (another seed or head each); bandwidth 'median' or a smaller number, a lengthscale "
+        "that weighs more directions (a smaller alpha); then a larger repulsion_weight",
+    )
+
+
+def _alike(log, late) -> Finding | None:
+    kernel = _middle(late, "kernel_mean")
+    if kernel <= Limits.alike:
+        return None
+    return Finding(
+        "kernel values all alike",
+        f"mean kernel between members {kernel:.3f} (limit {Limits.alike})",
+        "bandwidth 'median', or a number near the log's bandwidth_median / log(members)",
+    )
+
+
+def _all_but_one_zero(log, late) -> Finding | None:
+    kernel = _middle(late, "kernel_mean")
+    if kernel >= Limits.zero:
+        return None
+    return Finding(
+        "kernel values all but one zero",
+        f"mean kernel between members {kernel:.1e} (limit {Limits.zero}): no member feels another",
+        "bandwidth 'median', or a number near the log's bandwidth_median / log(members)",
+    )
+
+
+def _unstable(log, late) -> Finding | None:
+    values = [record["bandwidth_median"] for record in late]
+    jumps = [abs(b - a) / max(a, b) for a, b in itertools.pairwise(values) if max(a, b) > 0]
+    if not jumps or median(jumps) <= Limits.jump:
+        return None
+    return Finding(
+        "medians unstable",
+        f"the median distance changes by {median(jumps):.0%} from step to step (limit {Limits.jump:.0%})",
+        "a larger batch_size; or one bandwidth for the batch, Median(over='batch')",
+    )
+
+
+def _weak(log, late) -> Finding | None:
+    ratio = _middle(late, "gradient_ratio")
+    if ratio >= Limits.weak:
+        return None
+    return Finding(
+        "repulsion too weak",
+        f"its gradient is {ratio:.1e} of cross-entropy's (limit {Limits.weak})",
+        "a larger repulsion_weight (ten times), or a smaller batch_size: its strength falls as the batch grows",
+    )
+
+
+def _dominates(log, late) -> Finding | None:
+    ratio = _middle(late, "gradient_ratio")
+    first = _middle(log[: max(1, len(log) // 20)], "cross_entropy")
+    share = _middle(late, "cross_entropy") / first
+    if ratio <= Limits.strong or share < Limits.fallen:
+        return None
+    return Finding(
+        "repulsion dominates",
+        f"its gradient is {ratio:.1f} of cross-entropy's, which stays at {share:.0%} of its start",
+        "a smaller repulsion_weight (a tenth), or a larger batch_size",
+    )
+
+
+def _dead(log, late) -> Finding | None:
+    share = sum(r["dead_rows"] for r in late) / sum(r["rows"] for r in late)
+    if share <= Limits.dead:
+        return None
+    return Finding(
+        "dead rows",
+        f"{share:.1%} of the samples have no input gradient in a member (limit {Limits.dead:.0%})",
+        "a smaller lr, inputs of mean 0 and deviation 1, activations that do not die (LeakyReLU, GELU)",
+    )
+
+
+def _normalises(log, late) -> Finding | None:
+    aligned, variance = _middle(late, "input_alignment"), _middle(late, "input_variance")
+    low, high = Limits.variance
+    if 0 < aligned < Limits.alignment:
+        seen = f"scaling an input changes nothing: cosine with the gradient {aligned:.0e} (limit {Limits.alignment})"
+    elif variance and not low <= variance <= high:
+        seen = f"the inputs have {variance:.3g} of the variance that the lengthscale was fitted on ({low} to {high})"
+    else:
+        return None
+    advice = "normalise before the network, not in it, and fit the lengthscale on what the network then receives"
+    return Finding("the network normalises its input inside", seen, advice)
+
+
+CHECKS: tuple[Callable, ...] = (
+    _diverged, _collapsed, _alike, _all_but_one_zero, _unstable, _weak, _dominates, _dead, _normalises,
+)  # fmt: skip
