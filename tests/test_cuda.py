@@ -42,7 +42,7 @@ class Host:
 
     def __init__(self, library):
         self.run, self.processors, self.shared = library.fused_on_host, 3, 1 << 17
-        self.plans = set()  # (splits, chunks, slots) that came up
+        self.plans = set()  # (splits, chunks of an item, slots) that came up
 
     def fused(self, particles, product, normalize, eps, log_count):
         members, groups, columns = particles.shape
@@ -56,11 +56,11 @@ class Host:
             pointers = [None if x is None else x.data_ptr() for x in tensors]
             sizes = groups, columns, particles.stride(0), particles.stride(1), members, INPUTS[particles.dtype]
             call = Fused(*pointers, None, *sizes, normalize, eps, log_count)
-            plan = (ctypes.c_int * 3)()
-            ended = self.run(call, self.processors, ctypes.c_int64(self.shared), backwards, plan)
+            plan = (ctypes.c_int * 5)()
+            ended = self.run(call, self.processors, self.shared, backwards, plan)
             assert ended, "threads wait for each other"
             results.append((value, gradient, h, d))
-            self.plans.add(tuple(plan))
+            self.plans.add(tuple(plan[1:4]))
         for one, other in zip(*results, strict=True):
             assert torch.equal(one.nan_to_num(), other.nan_to_num()), "the order of threads matters"
         return results[0]
@@ -76,6 +76,8 @@ def library(tmp_path_factory):
     loaded = ctypes.CDLL(path)
     loaded.fused_on_host.argtypes = [Fused, ctypes.c_int, ctypes.c_int64, ctypes.c_bool, ctypes.c_void_p]
     loaded.fused_on_host.restype = ctypes.c_bool
+    loaded.plan_of_chip.argtypes = [Fused, ctypes.c_int, ctypes.c_int64, ctypes.c_void_p]
+    loaded.plan_of_chip.restype = None
     return loaded
 
 
@@ -143,6 +145,24 @@ def test_every_plan(processors, shared, groups, columns, expected, dtype, host):
             assert relative(part, same) < (4e-3 if part.dtype == BF16 else 1e-5 if part.dtype == F32 else 1e-10)
         assert not result.distances[2, 1].any()
     assert host.plans == {expected}
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F64], ids=str)
+def test_plans_of_real_chips(dtype, library):
+    """Shared memory suffices; at the published size every row of the particles is read and written once."""
+    chips = {"A100": (108, 166_912), "H200": (132, 232_448), "B200": (148, 232_448)}
+    plan = (ctypes.c_int * 5)()
+    for processors, memory in chips.values():
+        for members, groups, columns in ((2, 1, 1), (10, 128, 192), (16, 4096, 3072), (10, 1, 11_173_962)):
+            call = Fused(groups=groups, columns=columns, members=members, input=INPUTS[dtype])
+            library.plan_of_chip(call, processors, memory, plan)
+            assert min(plan) > 0
+            assert plan[0] <= processors
+            assert plan[4] <= memory
+    if dtype != F64:
+        call = Fused(groups=128, columns=3072, members=10, input=INPUTS[dtype])
+        library.plan_of_chip(call, 132, 232_448, plan)
+        assert plan[:4] == [128, 1, 1, 1]
 
 
 def test_what_is_not_finite_shows(host):
