@@ -1,6 +1,4 @@
-// The kernel of fused.h, for any Block that has thread(), index(), blocks(), sync(), sync_grid(), shuffle(x, mask) and
-// reload(),
-// copy_16_bytes(to, from) and wait_for_copies(): fused.cu has the one of a GPU, tests/fused_on_host.cpp one that runs on the host.
+// The kernel of fused.h, for any Block: fused.cu has the one of a GPU, tests/fused_on_host.cpp one for the host.
 //
 // Stage 1, item after item: rows to shared memory, norms, pair distances from differences, median, kernel values.
 // One barrier over the grid, for the sums of the kernel values over all samples. Stage 2: the gradient, from the rows
@@ -61,12 +59,12 @@ template <class T>
 struct Small {
   static constexpr int kSquare = kMostMembers * kMostMembers;
 
-  double squares[kMostMembers], sums[kShared];
-  double d[kSquare], kernel[kSquare], mixed[kSquare], lower[kMostMembers], upper[kMostMembers];
-  double rows[kMostMembers];  // sums of kernel values over the second particle and the samples
-  double scale[kMostMembers];  // -2 / G / rows
-  T partial[4096 / sizeof(T)];  // [warps, 64]
-  T r[kMostMembers], t[kMostMembers];
+  double squares[kMostMembers], sums[kShared];         // over the columns: of rows; of pairs and growth (add_pairs)
+  double d[kSquare], kernel[kSquare], mixed[kSquare];  // [M, M] of one sample
+  double lower[kMostMembers], upper[kMostMembers];     // the middle two distances of each second particle
+  double rows[kMostMembers], scale[kMostMembers];      // sums of kernel values over j and the samples; -2 / G / rows
+  T partial[4096 / sizeof(T)];                         // [warps, 64] sums
+  T r[kMostMembers], t[kMostMembers];                  // 1 / norm; what a gradient has along its row
   Coefficients<T> c[kMostMembers * (kMostMembers - 1) / 2];
 };
 
@@ -83,7 +81,7 @@ struct FusedKernel {
 
   static_assert(sizeof(Small<T>) <= kSmallShared && kThreads / 32 * 64 * sizeof(T) <= sizeof(Small<T>::partial), "");
   static constexpr int kPairs = kRows * (kRows - 1) / 2;
-  static constexpr int kPairsAtOnce = 48;                                        // sums in the registers of a thread
+  static constexpr int kPairsAtOnce = 48;                           // sums in the registers of a thread
   static constexpr int kColumns = kRows * sizeof(T) <= 40 ? 2 : 1;  // mixed at a time
 
   static constexpr int pair(int i, int j) { return i * (2 * kRows - i - 1) / 2 + j - i - 1; }
