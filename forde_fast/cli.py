@@ -156,7 +156,7 @@ def _bench(command):
     command.add_argument("--shapes", default=benchmark.DEFAULT_SHAPES, help=f"{shapes}, MxBxD; default: %(default)s")
     command.add_argument("--lengthscales", help="identity, pca, rankK, cosine; default: those that suit D")
     command.add_argument("--providers", default=",".join(benchmark.PROVIDERS), help="default: %(default)s")
-    command.add_argument("--rounds", type=int, default=15, help="at most; default: %(default)s")
+    command.add_argument("--rounds", type=int, default=25, help="at most; default: %(default)s")
     command.add_argument("--device", default=where, choices=("cpu", "cuda"))
     command.add_argument("--dtype", default="float32", choices=benchmark.DTYPES)
     command.add_argument("--precision", choices=("ieee", "tf32"), help="of products; default: tf32 on a GPU")

@@ -44,7 +44,7 @@ def bench(
     shapes: str = DEFAULT_SHAPES,
     lengthscales: str | None = None,
     providers: str = ",".join(PROVIDERS),
-    rounds: int = 15,
+    rounds: int = 25,
     device: str | None = None,
     dtype: str = "float32",
     precision: str | None = None,
