@@ -23,13 +23,10 @@ part() { # NAME SECONDS COMMAND...
 }
 
 if [ "$device" = cuda ]; then
-  # nvcc compiles for the GPU that is here and for no other
-  TORCH_CUDA_ARCH_LIST=$("$python" -c 'import torch; a, b = torch.cuda.get_device_capability(); print(f"{a}.{b}" + "a" * (a >= 9))') || exit 1
-  export TORCH_CUDA_ARCH_LIST
   install=(-m pip install --no-index --no-deps --no-build-isolation --log "$out/build.log" -e .)
   tests=()
   cifar=(--shapes cifar --rounds 50)
-  others=(--shapes "weights,tinyimagenet,imagenet,50x128x3072,128x128x3072" --providers reference,triton --rounds 30)
+  others=(--shapes "weights,tinyimagenet,imagenet,50x128x3072,128x128x3072" --providers reference,triton,cuda --rounds 30)
   step=(--rounds 9)
 else
   install=(setup.py -q build_ext --inplace)

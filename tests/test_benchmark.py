@@ -76,15 +76,16 @@ def test_what_is_wrong_gets_no_time(capsys, monkeypatch):
     assert printed.count(" x floor") == 1
 
 
-def test_a_backend_that_fails_is_wrong_and_plain_pytorch_that_fails_is_left_out(monkeypatch):
-    def fail(*_):
-        raise RuntimeError("no such thing\nat all")
+def test_a_backend_that_fails_is_wrong_and_one_that_refuses_is_left_out(monkeypatch):
+    def fail(name, *_):
+        raise RuntimeError("backend: not that" if name == "triton" else "no such thing\nat all")
 
     monkeypatch.setattr(benchmark, "make_provider", fail)
     monkeypatch.setattr(benchmark, "unusable", lambda name, case: "")
-    (rows,) = benchmark.bench("3x4x64", "identity", "compiled,cpp", device="cpu")
+    (rows,) = benchmark.bench("3x4x64", "identity", "compiled,cpp,triton", device="cpu")
     assert rows[0]["left_out"] == "RuntimeError: no such thing"
     assert rows[1]["wrong"] == ["RuntimeError: no such thing"]
+    assert rows[2]["left_out"] == "RuntimeError: backend: not that"
 
 
 def test_plain_pytorch_differentiated_by_func_passes_the_check(monkeypatch):

@@ -94,12 +94,15 @@ def _prove(name: str, case: Case, particles: Tensor, scale, calls: dict) -> dict
     try:
         calls[name] = make_provider(name, particles, scale)
         wrong = check(calls[name](), particles, scale)
-    except Exception as error:  # out of memory, no compiler; whatever else stops our own backend is its fault
+    except Exception as error:
         reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-        if name in PLAIN or isinstance(error, torch.OutOfMemoryError):
+        refused = isinstance(error, RuntimeError) and str(error).startswith(
+            "backend: "
+        )  # it says what it does not do
+        if name in PLAIN or refused or isinstance(error, torch.OutOfMemoryError):
             calls.pop(name, None)
             return {"left_out": reason}
-        wrong = [reason]
+        wrong = [reason]  # whatever else stops our own backend is a fault of it
     if wrong:
         calls.pop(name, None)
     return {"wrong": wrong} if wrong else {}
