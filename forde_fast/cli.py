@@ -281,6 +281,8 @@ def _train_run(options, run, again: str) -> dict:
         options.parser.exit(128 + stop.number, f"interrupted by {name}, all is kept; go on with: {again}\n")
     except OSError as error:
         options.parser.exit(1, f"{options.parser.prog}: error: {error}; go on with: {again}\n")
+    except ValueError as error:  # numbers that are no longer finite
+        options.parser.exit(1, f"{options.parser.prog}: error: {error}; see: forde-fast doctor {run.folder}\n")
 
 
 def _show(options, results: dict[str, dict], folder) -> int:
