@@ -47,8 +47,10 @@ def examine(log: Sequence[dict]) -> list[Finding]:
     is nothing to examine but that it did not diverge. Raises ValueError for an empty log."""
     expect(len(log) > 0, "log", "at least one step", "none")
     late = log[len(log) // 2 :]
-    found = [check(log, late) for check in CHECKS[: None if "kernel_mean" in log[0] else 1]]
-    return [finding for finding in found if finding is not None]
+    diverged = _diverged(log)
+    if diverged is not None or "kernel_mean" not in log[0]:  # what followed from it, or nothing repels
+        return [diverged] if diverged else []
+    return [finding for check in CHECKS if (finding := check(log, late)) is not None]
 
 
 def read_log(folder: str | Path) -> list[dict]:
@@ -72,7 +74,7 @@ def _middle(log: Sequence[dict], key: str) -> float:
     return median(record[key] for record in log)
 
 
-def _diverged(log, late) -> Finding | None:
+def _diverged(log) -> Finding | None:
     first, last = log[0]["cross_entropy"], log[-1]["cross_entropy"]
     if math.isfinite(last) and last <= Limits.grown * first:
         return None
