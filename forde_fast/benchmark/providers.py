@@ -13,7 +13,7 @@ from torch import Tensor
 from forde_fast import reference
 from forde_fast.benchmark.cases import DTYPES, Case
 from forde_fast.lengthscales import PCA
-from forde_fast.repulsion import FUSED_MEMBERS, available_backends, repulsion
+from forde_fast.repulsion import available_backends, repulsion
 from forde_fast.testing import budget
 from forde_fast.types import Repulsion
 
@@ -32,8 +32,6 @@ def unusable(name: str, case: Case) -> str:
         return text if 2 * held > free else ""
     if name == "compiled":
         return ""
-    if name == "cuda" and case.shape[0] > FUSED_MEMBERS:
-        return f"it takes at most {FUSED_MEMBERS} particles"
     backend = available_backends()[name]
     here = case.device == ("cpu" if name == "cpp" else "cuda")
     return "" if backend and here else f"it does not run on {case.device} tensors" if backend else backend.reason
