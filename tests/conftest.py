@@ -8,8 +8,13 @@ if importlib.util.find_spec("triton") and not os.path.exists("/proc/driver/nvidi
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests' tensors are small; a test of threads sets its own number
 
+import hypothesis
 import pytest
 import torch
+
+hypothesis.settings.register_profile("default", max_examples=80, deadline=None, derandomize=True, database=None)
+hypothesis.settings.register_profile("thorough", max_examples=3000, deadline=None, database=None)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
 @pytest.fixture(autouse=True)
