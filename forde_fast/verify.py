@@ -100,5 +100,5 @@ def cells(row: dict) -> tuple[str, ...]:
         max((row["cases"][case]["gradient_error"] for case in cases if case in row["cases"]), default=0.0)
         for cases in SPREADS.values()
     )
-    numbers = (f"{error:.0e}" for error in (*spreads, row["value_error"]))
+    numbers = (f"{error:.0e}".replace("e-0", "e-") if error else "0" for error in (*spreads, row["value_error"]))
     return row["precision"], row["lengthscale"], *numbers, f"{100 * row['of_budget']:.0f}%" if row["within"] else "NO"
