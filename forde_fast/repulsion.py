@@ -116,7 +116,8 @@ def repulsion(
     else:
         d, state = _distances(implementation, particles, others, lengthscale, normalize, eps)
         projection = None
-        if name == "cpp" and _is_default(bandwidth):
+        # the fused rule counts on the self-distances: without their exp(0) all of a row may underflow
+        if name == "cpp" and others is None and _is_default(bandwidth):
             value, c, h, projection = implementation.median_rule(d, state.alignment, Median().log_count(d))
             _check_finite(particles, others, value)
         else:

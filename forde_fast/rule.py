@@ -99,9 +99,11 @@ def kernel_rule(d: Tensor, bandwidth="median") -> tuple[Tensor, Tensor, Tensor]:
     groups = d.shape[2]
     exact = d.double()
     h = bandwidth_of(exact, bandwidth)
-    kernel = torch.exp(-exact / h)
+    exponents = -exact / h
+    top = exponents.amax((1, 2), keepdim=True)  # 0, unless others are given that are all far away
+    kernel = torch.exp(exponents - top)
     rows = kernel.sum((1, 2), keepdim=True)
-    value = (rows / groups).log().sum() / groups
+    value = (top + (rows / groups).log()).sum() / groups
     c = torch.where(exact == 0, 0.0, kernel / rows / h * (-2 / groups))
     return value.to(d.dtype), c.to(d.dtype), _per_particle(h.expand_as(d), bandwidth).to(d.dtype)
 

@@ -1,7 +1,6 @@
 """Lengthscales: what C is, how it is fitted, and what a file holds."""
 
 import os
-from pathlib import Path
 
 import pytest
 import torch
@@ -367,12 +366,10 @@ def test_a_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     ff.PCA(U, L).save(path)
     before = path.read_bytes()
 
-    def full_disk(self, data):
-        with open(self, "wb") as file:
-            file.write(data[:20])
+    def full_disk(descriptor):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", full_disk)
+    monkeypatch.setattr(os, "fsync", full_disk)
     with pytest.raises(OSError, match="no space"):
         ff.PCA(U, 2 * L).save(path)
     monkeypatch.undo()

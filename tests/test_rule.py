@@ -158,3 +158,15 @@ def test_published_weight_space_kernel(members, backend):
     assert float(result.value) == pytest.approx(float(kernel.sum(1).log().sum()), rel=1e-10)
     step = particles - 0.1 * result.gradient[:, 0]
     assert torch.pdist(step).mean() > torch.pdist(particles).mean()
+
+
+def test_others_so_far_away_that_every_kernel_value_underflows():
+    """Without self-distances no row holds an exp(0): the logarithm of the sum must not be that of 0."""
+    particles, others = torch.randn(3, 2, 5, dtype=torch.float64), torch.randn(4, 2, 5, dtype=torch.float64) + 50
+    far = torch.cat([particles[:1] + 100, particles[1:]])  # the median, and so h, is that of the near ones
+    for x, rule in ((particles, 1e-3), (far, "median"), (far, ff.Median(over="batch"))):
+        exact = reference.repulsion(x, None, others, normalize=False, bandwidth=rule)
+        for backend in (name for name, usable in ff.available_backends().items() if usable):
+            result = ff.repulsion(x, others=others, normalize=False, bandwidth=rule, backend=backend)
+            assert torch.allclose(result.value, exact.value, rtol=1e-10)
+            assert torch.allclose(result.gradient, exact.gradient, rtol=1e-8)
