@@ -113,7 +113,10 @@ def _dct(n: int, device) -> Tensor:
 
 
 def _transform(x: Tensor, matrices: list[Tensor]) -> Tensor:
-    """x [R, *shape] times a matrix along each axis of the shape."""
+    """x [R, *shape] times a matrix along each axis of the shape, without bringing an axis to another place."""
+    shape, after = x.shape, x.shape[1:].numel()
     for matrix in matrices:
-        x = torch.tensordot(x, matrix, dims=([1], [1]))  # the axis comes out last: after all, the order is the first
-    return x
+        size = len(matrix)
+        after //= size
+        x = x.reshape(-1, size) @ matrix.T if after == 1 else matrix @ x.reshape(-1, size, after)
+    return x.reshape(shape)
