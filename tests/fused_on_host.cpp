@@ -37,11 +37,13 @@ class Fibers {
       makecontext(&fiber.context, start, 0);
     }
     current = this;
-    for (progress_ = true; progress_;) {
-      progress_ = false;
+    for (bool progress = true; progress;) {
+      progress = false;
       for (int n = 0; n < count; ++n) {
         running_ = backwards ? count - 1 - n : n;
-        if (!fibers_[running_].done) swapcontext(&scheduler_, &fibers_[running_].context);
+        if (!fibers_[running_].ready()) continue;
+        progress = true;
+        swapcontext(&scheduler_, &fibers_[running_].context);
       }
     }
     for (const Fiber& fiber : fibers_)
@@ -50,13 +52,15 @@ class Fibers {
   }
 
   void wait(Barrier& barrier, int size) {
-    const int generation = barrier.generation;
-    if (++barrier.arrived == size) {
+    Fiber& own = fibers_[running_];
+    own.at = &barrier;
+    own.generation = barrier.generation;
+    if (++barrier.arrived < size) {
+      swapcontext(&own.context, &scheduler_);
+    } else {
       barrier.arrived = 0;
       ++barrier.generation;
-      progress_ = true;
     }
-    while (barrier.generation == generation) swapcontext(&fibers_[running_].context, &scheduler_);
   }
 
  private:
@@ -65,19 +69,22 @@ class Fibers {
   struct Fiber {
     ucontext_t context;
     std::unique_ptr<char[]> stack;
+    const Barrier* at = nullptr;
+    int generation = 0;
     bool done = false;
+
+    bool ready() const { return !done && (!at || at->generation != generation); }
   };
 
   static void start() {
     current->body_(current->running_);
-    current->fibers_[current->running_].done = current->progress_ = true;
+    current->fibers_[current->running_].done = true;
   }
 
   std::function<void(int)> body_;
   std::vector<Fiber> fibers_;
   ucontext_t scheduler_;
   int running_ = 0;
-  bool progress_ = false;
 };
 
 Fibers* Fibers::current = nullptr;
