@@ -160,7 +160,7 @@ def _register_triton() -> str:
         from forde_fast.kernels import repulsion as kernels
     except ImportError as error:
         return f"triton cannot be imported: {error}"
-    for name in ("contrasts", "pair_distances", "combine"):
+    for name in ("contrasts", "pair_distances", "median_rule", "combine"):
         library.impl(name, getattr(kernels, name), "CUDA")
     return ""
 

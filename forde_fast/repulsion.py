@@ -117,7 +117,7 @@ def repulsion(
         d, state = _distances(implementation, particles, others, lengthscale, normalize, eps)
         projection = None
         # the fused rule counts on the self-distances: without their exp(0) all of a row may underflow
-        if name == "cpp" and others is None and _is_default(bandwidth):
+        if others is None and _is_default(bandwidth):
             value, c, h, projection = implementation.median_rule(d, state.alignment, Median().log_count(d))
             _check_finite(particles, others, value)
         else:

@@ -67,7 +67,9 @@ def bandwidth_of(d: Tensor, bandwidth: "str | Median | float | Tensor") -> Tenso
         bandwidth = Median()
     if isinstance(bandwidth, Median):
         return bandwidth(d)
-    return torch.as_tensor(bandwidth, dtype=d.dtype, device=d.device).expand(1, *d.shape[1:])
+    if not isinstance(bandwidth, Tensor):
+        bandwidth = d.new_full((), bandwidth)  # on the device: a copy from the host would wait for it
+    return bandwidth.to(d).expand(1, *d.shape[1:])
 
 
 def check_bandwidth(bandwidth, repelling: Tensor | None = None) -> None:

@@ -26,7 +26,7 @@ Shape = tuple[int, int, int]  # M, G, D
 
 
 def _normal(shape, generator) -> Tensor:
-    return torch.randn(shape, generator=generator, dtype=torch.float64)
+    return torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
 
 
 def _spread(width: float) -> Callable[[Shape, torch.Generator], Tensor]:
@@ -62,7 +62,7 @@ CASES: dict[str, Callable[[Shape, torch.Generator], Tensor]] = {
     "close pair 1e-2": _close_pair(1e-2),
     "close pair 1e-4": _close_pair(1e-4),
     "duplicate": _close_pair(0.0),
-    "zeros": lambda shape, g: torch.zeros(shape, dtype=torch.float64),
+    "zeros": lambda shape, g: torch.zeros(shape, dtype=torch.float64, device="cpu"),
     "dead row": _dead_row,
 }
 
@@ -77,7 +77,7 @@ def make_pca(dimension: int, rank: int | None = None, tail: float = 0.0, seed: i
     """A random orthonormal basis with eigenvalues from 100 down to 0.01, as images have; its first `rank` columns."""
     generator = torch.Generator().manual_seed(seed)
     basis = torch.linalg.qr(_normal((dimension, dimension), generator))[0]
-    eigenvalues = torch.logspace(2, -2, dimension, dtype=torch.float64)
+    eigenvalues = torch.logspace(2, -2, dimension, dtype=torch.float64, device="cpu")
     rank = dimension if rank is None else rank
     return PCA(basis[:, :rank], eigenvalues[:rank], tail)
 

@@ -1,8 +1,8 @@
-"""The repulsion operation's three steps in Triton: contrasts, pair_distances, combine.
+"""The repulsion operation's steps in Triton: contrasts, pair_distances, median_rule, combine.
 
 Rows s_n = p_n / sqrt(|p_n|^2 + eps) are the particles' [Mi, G, D], then the others' [Mj, G, D]: N rows, G samples,
 D columns. Callers have validated shapes and types. All results are deterministic: where D is split over programs,
-their partial sums go to a small buffer.
+their partial sums go to a small buffer. Nothing here waits for the device: all of it can be in a CUDA graph.
 """
 
 import math
@@ -14,6 +14,7 @@ import triton.language as tl
 from .combine import _combine_blocks_kernel, _combine_kernel
 from .contrasts import _contrasts_blocks_kernel, _contrasts_kernel, _norms_kernel
 from .pairs import _pair_blocks_kernel, _pair_distances_kernel
+from .rule import _bandwidth_kernel, _coefficients_kernel
 from .splits import _add_splits_kernel
 
 # Rows that a program of contrasts or combine keeps at once, and the rows of its blocks where there are more: four
@@ -231,6 +232,44 @@ def _distances_in_blocks(particles, others, product, normalize, eps):
     constants |= {"SCALED": normalize, "WHOLE": splits == 1, "STEPS": steps, "ACC": ACC} | tile
     _launch(_pair_blocks_kernel, G * splits * blocks, tensors, numbers, constants)
     return d, alignment, inverse_norm
+
+
+def median_rule(distances, alignment, log_count):
+    """
+        h = median(distances, 0) / log_count + 1e-12  # the mean of the middle two
+        kernel = torch.exp(-distances / h)
+        rows = kernel.sum((1, 2), keepdim=True)
+        value = (rows / G).log().sum() / G
+        c = torch.where(distances == 0, 0, -2 / G * kernel / rows / h)
+        return value, c, h, (c * alignment).sum(1)
+
+    in float64; the value is NaN where a distance is not finite.
+
+    distances [Mi, Mj, G], alignment [Mi, Mj, G] -> value [], c [Mi, Mj, G], h [Mj, G], projection [Mi, G]
+    """
+    distances, alignment = distances.contiguous(), alignment.contiguous()
+    MI, MJ, G = distances.shape
+    C = MJ * G
+    rows = triton.next_power_of_2(MI)
+    # 8 columns are the 32 bytes that come from memory together; a thread sorts 4 to 8 numbers
+    columns = min(8, triton.next_power_of_2(C))
+    steps = triton.cdiv(C, columns * PROGRAMS)
+    programs = triton.cdiv(C, columns * steps)
+    value, c, h = distances.new_empty(()), torch.empty_like(distances), distances.new_empty(MJ, G)
+    projection = distances.new_empty(MI, G)
+    exact, parts = (distances.new_empty(size, dtype=torch.float64) for size in ((MJ, G), (MI, programs)))
+    constants = {"MI": MI, "ROWS": rows, "LOG_COUNT": log_count, "FLOOR": 1e-12, "STEPS": steps, "COLUMNS": columns}
+    constants |= {"num_warps": min(4, triton.cdiv(rows * columns, 128))}
+    _launch(_bandwidth_kernel, programs, (distances, h, exact, parts), (C, programs), constants)
+
+    samples = min(32, triton.next_power_of_2(G))
+    block, block_all = (min(most, triton.next_power_of_2(programs)) for most in (256, 2048 // rows))
+    constants = {"MI": MI, "MJ": MJ, "ROWS": rows, "STEPS": triton.cdiv(programs, block), "BLOCK": block}
+    constants |= {"STEPS_ALL": triton.cdiv(programs, block_all), "BLOCK_ALL": block_all}
+    constants |= {"SAMPLES": samples, "num_warps": 4}
+    tensors = distances, alignment, exact, parts, value, c, projection
+    _launch(_coefficients_kernel, MI * triton.cdiv(G, samples), tensors, (G, programs), constants)
+    return value, c, h, projection
 
 
 def combine(particles, others, product, inverse_norm, coefficients, projection):

@@ -19,23 +19,24 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+TILE = ("BLOCK_I", "BLOCK_J", "BLOCK", "ROWS", "COLUMNS", "SAMPLES", "LANES", "V")
 TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float64: "*fp64"}
 
 
 def launches(members, others, samples, columns, dtype, with_product, normalize=True):
-    """Every launch of the three operations at this size: [(kernel, arguments, constants)]."""
+    """Every launch of the operations at this size: [(kernel, arguments, constants)]."""
     recorded = []
     repulsion._launch = lambda kernel, programs, tensors, numbers, constants: recorded.append(
         (kernel, (*tensors, *numbers), constants)
     )
-    acc = torch.float64 if dtype == torch.float64 else torch.float32
     particles = torch.empty(members, samples, columns, dtype=dtype, device="meta")
     other = None if others is None else torch.empty(others, samples, columns, dtype=dtype, device="meta")
-    z = repulsion.contrasts(particles, other, normalize, 1e-24)
+    alone = members == 1 and others is None
+    z = None if alone else repulsion.contrasts(particles, other, normalize, 1e-24)
     product = z if with_product else None
-    d, _, inverse_norm = repulsion.pair_distances(particles, other, product, normalize, 1e-24)
-    projection = torch.empty(members, samples, dtype=acc, device="meta")
-    repulsion.combine(particles, other, product, inverse_norm, d, projection)
+    d, alignment, inverse_norm = repulsion.pair_distances(particles, other, product, normalize, 1e-24)
+    _, c, _, projection = repulsion.median_rule(d, alignment, 2.3)
+    repulsion.combine(particles, other, product, inverse_norm, c, projection)
     return recorded
 
 
@@ -80,7 +81,7 @@ def compile_case(job):
                 "arch": arch,
                 "kernel": kernel.fn.__name__,
                 "case": [str(x).removeprefix("torch.") for x in case],
-                "tile": [constants[k] for k in constants if k.startswith(("BLOCK", "LANES")) or k == "V"],
+                "tile": [value for name, value in constants.items() if name in TILE],
                 "warps": constants["num_warps"],
                 "registers": registers,
                 "stack": stack,
@@ -91,8 +92,8 @@ def compile_case(job):
 
 
 if __name__ == "__main__":
-    cases = [(*case[:4], getattr(torch, case[4]), *case[5:]) for case in json.loads(sys.argv[1])]
+    jobs = [(arch, (*case[:4], getattr(torch, case[4]), *case[5:])) for arch, case in json.loads(sys.argv[1])]
     with Pool(2) as pool:
-        for rows in pool.imap(compile_case, [(arch, case) for case in cases for arch in json.loads(sys.argv[2])]):
+        for rows in pool.imap(compile_case, jobs):
             for row in rows:
                 print(json.dumps(row), flush=True)

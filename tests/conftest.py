@@ -3,7 +3,9 @@
 import importlib.util
 import os
 
-if importlib.util.find_spec("triton") and not os.path.exists("/proc/driver/nvidia/version"):
+if importlib.util.find_spec("triton") and not any(
+    os.path.exists(path) for path in ("/proc/driver/nvidia/version", "/dev/nvidiactl")
+):
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests' tensors are small; a test of threads sets its own number

@@ -22,18 +22,25 @@ def usable(backend):
     return backend
 
 
+def home(backend):
+    """The device of a backend's particles."""
+    return "cuda" if torch.cuda.is_available() and backend not in ("reference", "cpp") else "cpu"
+
+
 @pytest.fixture(params=["reference", *FAST])
 def backend(request):
-    return usable(request.param)
+    with torch.device(home(request.param)):
+        yield usable(request.param)
 
 
 @pytest.fixture(params=FAST)
 def fast(request):
-    return usable(request.param)
+    with torch.device(home(request.param)):
+        yield usable(request.param)
 
 
 def load(path):
-    golden = {name: torch.from_numpy(array) for name, array in np.load(path, allow_pickle=False).items()}
+    golden = {name: torch.tensor(array) for name, array in np.load(path, allow_pickle=False).items()}
     pca = ff.PCA(golden["eigenvectors"], golden["eigenvalues"]) if "eigenvectors" in golden else None
     return golden, pca
 
@@ -89,7 +96,9 @@ def test_fresh_random_cases(name, shape, kind):
     large = shape[0] ** 2 * shape[1] * shape[2] > 1e6 or shape in INTERPRETED
     for case in SOME if large else CASES:
         for dtype in (F32, BF16) if large else (F32, F64, BF16):
-            for what, errors in compare(usable(name), case, shape, dtype, lengthscale(kind, shape[2])).items():
+            for what, errors in compare(
+                usable(name), case, shape, dtype, lengthscale(kind, shape[2]), device=home(name)
+            ).items():
                 assert errors.within, f"{what} of {case} in {dtype}: {errors}"
 
 
@@ -115,7 +124,8 @@ def test_low_rank_of_a_steep_spectrum(size, rank, tail):
 def test_everything_is_finite(case, dtype, backend):
     for shape in ((1, 2, 7), (2, 2, 7), (5, 1, 1), (4, 1, 300)):
         for kind in ("identity", "low rank"):
-            result = ff.repulsion(make_particles(case, shape, 0, dtype), lengthscale(kind, shape[2]), backend=backend)
+            particles = make_particles(case, shape, 0, dtype).to(home(backend))
+            result = ff.repulsion(particles, lengthscale(kind, shape[2]), backend=backend)
             assert all(torch.isfinite(part).all() for part in result)
             assert result.gradient.dtype == dtype
             assert result.value.dtype == result.bandwidth.dtype == (F64 if dtype == F64 else F32)
@@ -184,7 +194,7 @@ RULES = [
 @pytest.mark.parametrize("rule", RULES, ids=lambda r: str(getattr(r, "shape", r)))
 def test_bandwidth_rules(rule, fast):
     particles = torch.randn(4, 6, 15, dtype=F64)
-    rule = rule.double() if isinstance(rule, torch.Tensor) else rule
+    rule = rule.to(particles) if isinstance(rule, torch.Tensor) else rule
     exact = reference.repulsion(particles, bandwidth=rule)
     for part, same in zip(ff.repulsion(particles, bandwidth=rule, backend=fast), exact, strict=True):
         assert part.shape == same.shape
@@ -225,7 +235,7 @@ def test_symmetries(kind, fast):
     assert torch.allclose(ff.repulsion(7 * particles, scale, backend=fast).value, result.value, rtol=1e-12)
     assert ((result.gradient * particles).sum(-1).abs() < 1e-14).all()
     rotation = torch.linalg.qr(torch.randn(24, 24, dtype=F64))[0]
-    turned = scale and ff.PCA(rotation.T @ scale.eigenvectors, scale.eigenvalues)
+    turned = scale and ff.PCA(rotation.T @ scale.eigenvectors.to(rotation), scale.eigenvalues.to(rotation))
     rotated = ff.repulsion(particles @ rotation, turned, backend=fast)
     assert torch.allclose(rotated.gradient, result.gradient @ rotation, rtol=1e-9, atol=1e-14)
 

@@ -1,0 +1,44 @@
+"""What only a GPU can show of the Triton backend: nothing waits for the device, and all of it fits a CUDA graph."""
+
+import pytest
+import torch
+
+import forde_fast as ff
+from forde_fast.testing import make_pca
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@pytest.fixture(params=["identity", "pca", "low rank"])
+def scale(request):
+    return {"identity": None, "pca": make_pca(300), "low rank": make_pca(300, 20, 0.01)}[request.param]
+
+
+@pytest.fixture(params=["median", 0.3, ff.Median(over="sample")], ids=str)
+def call(request, scale):
+    def operation(particles):
+        return ff.repulsion(particles, scale, bandwidth=request.param, backend="triton")
+
+    operation(torch.randn(10, 8, 300, device="cuda"))  # compiles the kernels and copies the lengthscale
+    return operation
+
+
+def test_nothing_waits_for_the_device(call):
+    particles = torch.randn(10, 8, 300, device="cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call(particles)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_cuda_graph(call):
+    particles = torch.randn(10, 8, 300, device="cuda")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = call(particles)
+    for _ in range(2):
+        particles.copy_(torch.randn_like(particles))
+        graph.replay()
+        for part, same in zip(result, call(particles), strict=True):
+            torch.testing.assert_close(part, same, rtol=0, atol=0)
