@@ -37,10 +37,11 @@ def _combine_kernel(
     inverse_norm,  # [M, G]
     coefficients,  # [M, M, G]
     projection,  # [M, G]
+    mixed,  # [M, G, D], read when HAS_MIXED
     gradient,  # [M, G, D]
     D, G, tiles, particles_m, particles_g, product_m, product_g,
-    M: tl.constexpr, HAS_PRODUCT: tl.constexpr, KAPPA: tl.constexpr, LANES: tl.constexpr, V: tl.constexpr,
-    ACC: tl.constexpr,
+    M: tl.constexpr, HAS_PRODUCT: tl.constexpr, HAS_MIXED: tl.constexpr, KAPPA: tl.constexpr, LANES: tl.constexpr,
+    V: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """A few rows: all of them stay in registers."""
     pid = tl.program_id(0).to(tl.int64)
@@ -54,12 +55,14 @@ def _combine_kernel(
         r = _load_scalars(inverse_norm + g, G, first, M, M)
         q = _scale(_load_rows(particles, particles_m, first, M, d, D, M, ACC), r, M)
     for i in tl.static_range(M):
+        row = (first + i) * G + g
         total = tl.zeros([LANES, V], ACC)
+        if HAS_MIXED:
+            total = _load_row(mixed + row * D, d, D, ACC)
         for j in tl.static_range(M):
             if j != i:
                 c = tl.load(coefficients + (first + (i * M + j)) * G + g)
                 total = tl.fma(tl.broadcast_to(c, total.shape), q[i] - q[j], total)
-        row = (first + i) * G + g
         r_i = tl.load(inverse_norm + row)
         t = tl.load(projection + row)
         _store_row(gradient + row * D, particles + (first + i) * particles_m, r_i, t, total, d, D, ACC)
@@ -74,10 +77,11 @@ def _combine_blocks_kernel(
     inverse_norm,  # [N, G]
     coefficients,  # [MI, MJ, G]
     projection,  # [MI, G]
+    mixed,  # [MI, G, D], read when HAS_MIXED
     gradient,  # [MI, G, D]
     D, G, tiles, particles_m, particles_g, others_m, others_g, product_m, product_g,
-    MI: tl.constexpr, MJ: tl.constexpr, SAME: tl.constexpr, HAS_PRODUCT: tl.constexpr, KAPPA: tl.constexpr,
-    BLOCK_I: tl.constexpr, LANES: tl.constexpr, V: tl.constexpr, ACC: tl.constexpr,
+    MI: tl.constexpr, MJ: tl.constexpr, SAME: tl.constexpr, HAS_PRODUCT: tl.constexpr, HAS_MIXED: tl.constexpr,
+    KAPPA: tl.constexpr, BLOCK_I: tl.constexpr, LANES: tl.constexpr, V: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Any number of rows: a program has BLOCK_I of them and takes the rows j one after another."""
     BLOCKS: tl.constexpr = (MI + BLOCK_I - 1) // BLOCK_I
@@ -94,7 +98,10 @@ def _combine_blocks_kernel(
         q = _load_products(product, product_sum, product_m, i, MI, d, D, KAPPA, BLOCK_I, ACC)
     else:
         q = _scale(_load_rows(particles, particles_m, i, MI, d, D, BLOCK_I, ACC), r, BLOCK_I)
-    total = _zeros(q[0], BLOCK_I)
+    if HAS_MIXED:
+        total = _load_rows(mixed + g * D, (g * 0 + G) * D, i, MI, d, D, BLOCK_I, ACC)
+    else:
+        total = _zeros(q[0], BLOCK_I)
     coefficients += g
     if SAME and HAS_PRODUCT:  # q_0 is not among the product's rows
         c = _load_scalars(coefficients, MJ * G, i, MI, BLOCK_I)

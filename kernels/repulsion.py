@@ -1,4 +1,4 @@
-"""The repulsion operation's steps in Triton: contrasts, pair_distances, median_rule, combine.
+"""The repulsion operation's steps in Triton; their schemas stand in forde_fast/operators.py.
 
 Rows s_n = p_n / sqrt(|p_n|^2 + eps) are the particles' [Mi, G, D], then the others' [Mj, G, D]: N rows, G samples,
 D columns. Callers have validated shapes and types. All results are deterministic: where D is split over programs,
@@ -14,6 +14,7 @@ import triton.language as tl
 from .combine import _combine_blocks_kernel, _combine_kernel
 from .contrasts import _contrasts_blocks_kernel, _contrasts_kernel, _norms_kernel
 from .pairs import _pair_blocks_kernel, _pair_distances_kernel
+from .project import _coordinates_kernel, _project_kernel
 from .rule import _bandwidth_kernel, _coefficients_kernel
 from .splits import _add_splits_kernel
 
@@ -243,11 +244,13 @@ def median_rule(distances, alignment, log_count):
         c = torch.where(distances == 0, 0, -2 / G * kernel / rows / h)
         return value, c, h, (c * alignment).sum(1)
 
-    in float64; the value is NaN where a distance is not finite.
+    in float64; the value is NaN where a distance is not finite, the projection 0 without an alignment.
 
-    distances [Mi, Mj, G], alignment [Mi, Mj, G] -> value [], c [Mi, Mj, G], h [Mj, G], projection [Mi, G]
+    distances [Mi, Mj, G], alignment [Mi, Mj, G] or None -> value [], c [Mi, Mj, G], h [Mj, G], projection [Mi, G]
     """
-    distances, alignment = distances.contiguous(), alignment.contiguous()
+    distances = distances.contiguous()
+    aligned = alignment is not None
+    alignment = alignment.contiguous() if aligned else distances
     MI, MJ, G = distances.shape
     C = MJ * G
     rows = triton.next_power_of_2(MI)
@@ -266,7 +269,7 @@ def median_rule(distances, alignment, log_count):
     block, block_all = (min(most, triton.next_power_of_2(programs)) for most in (256, 2048 // rows))
     constants = {"MI": MI, "MJ": MJ, "ROWS": rows, "STEPS": triton.cdiv(programs, block), "BLOCK": block}
     constants |= {"STEPS_ALL": triton.cdiv(programs, block_all), "BLOCK_ALL": block_all}
-    constants |= {"SAMPLES": samples, "num_warps": 4}
+    constants |= {"SAMPLES": samples, "ALIGNED": aligned, "num_warps": 4}
     tensors = distances, alignment, exact, parts, value, c, projection
     _launch(_coefficients_kernel, MI * triton.cdiv(G, samples), tensors, (G, programs), constants)
     return value, c, h, projection
@@ -283,6 +286,11 @@ def combine(particles, others, product, inverse_norm, coefficients, projection):
     particles [Mi, G, D], others [Mj, G, D] or None, product [N - 1, G, D] or None, inverse_norm [N, G],
     coefficients [Mi, Mj, G], projection [Mi, G] -> gradient [Mi, G, D] in the particles' dtype.
     """
+    return _combine(particles, others, product, inverse_norm, coefficients, projection, None)
+
+
+def _combine(particles, others, product, inverse_norm, coefficients, projection, mixed):
+    """combine, with mixed [Mi, G, D] added to the sum where it is given."""
     same = others is None
     particles, product = _rows(particles), _rows(product)
     others = particles if same else _rows(others)
@@ -294,13 +302,77 @@ def combine(particles, others, product, inverse_norm, coefficients, projection):
     small = [x.contiguous() for x in (inverse_norm, coefficients, projection)]
     gradient = torch.empty(MI, G, D, dtype=particles.dtype, device=particles.device)
     constants = {"HAS_PRODUCT": product is not None, "KAPPA": _kappa(MI if same else MI + MJ), "ACC": ACC} | tile
+    constants |= {"HAS_MIXED": mixed is not None}
+    mixed = gradient if mixed is None else mixed
     if same and MI <= ROWS_AT_ONCE:
         numbers = D, G, tiles, *_strides(particles, w)
-        _launch(_combine_kernel, G * tiles, (particles, w, *small, gradient), numbers, constants | {"M": MI})
+        _launch(_combine_kernel, G * tiles, (particles, w, *small, mixed, gradient), numbers, constants | {"M": MI})
     else:
-        tensors = particles, others, w, w if product is None else product.sum(0), *small, gradient
+        tensors = particles, others, w, w if product is None else product.sum(0), *small, mixed, gradient
         numbers = D, G, tiles, *_strides(particles, others, w)
         block = _even_blocks(MI, COMBINE_BLOCK)
         constants |= {"MI": MI, "MJ": MJ, "SAME": same, "BLOCK_I": block}
         _launch(_combine_blocks_kernel, G * tiles * triton.cdiv(MI, block), tensors, numbers, constants)
     return gradient
+
+
+def coordinates(particles, others, product):
+    """
+        x = torch.cat([product.sum(0, True) / (math.sqrt(N) - 1), product])
+
+    where a row equal to an earlier one takes its x, which the sum and a matrix product may give it only nearly.
+
+    particles [Mi, G, D], others [Mj, G, D] or None, product [N - 1, G, K] -> x [N, G, K]
+    """
+    particles, others, product = _rows(particles), _rows(others), product.contiguous()
+    (MI, G, D), MJ = particles.shape, 0 if others is None else others.shape[0]
+    N, K = MI + MJ, product.shape[2]
+    x = torch.empty(N, G, K, dtype=product.dtype, device=product.device)
+    others = particles if others is None else others
+    constants = {"MI": MI, "MJ": MJ, "KAPPA": _kappa(N), "ROWS": triton.next_power_of_2(N), "FIRST": 32}
+    constants |= {"STEPS": triton.cdiv(D, 256), "STEPS_K": triton.cdiv(K, 256), "BLOCK": 256, "num_warps": 4}
+    numbers = D, G, K, *_strides(particles, others)
+    _launch(_coordinates_kernel, N * G, (particles, others, product, x), numbers, constants)
+    return x
+
+
+def project(particles, mixed, others, coefficients, normalize, eps):
+    """
+        s_i, s_j as in pair_distances
+        v = mixed if coefficients is None else mixed + (coefficients[..., None] * (s_i - s_j)).sum(1)
+        v = inverse_norm[..., None] * (v - (v * s).sum(-1, True) * s) if normalize else v
+        return v.to(particles.dtype)
+
+    particles [Mi, G, D], mixed [Mi, G, D], others [Mj, G, D] or None, coefficients [Mi, Mj, G] or None
+    -> gradient [Mi, G, D] in the particles' dtype.
+    """
+    particles, mixed = _rows(particles), mixed.contiguous()
+    M, G, D = particles.shape
+    if not normalize:
+        if coefficients is None:
+            return mixed.to(particles.dtype)
+        norm = _ones(particles, M if others is None else M + others.shape[0])
+        return _combine(particles, others, None, norm, coefficients, torch.zeros_like(norm[:M]), mixed)
+    acc, ACC = _types(particles)
+    tile = _rows_tile(D, acc)
+    splits, steps = _splits(G, D, tile["LANES"] * tile["V"], M)
+    constants = {"M": M, "EPS": eps, "STEPS": steps, "ACC": ACC} | tile
+    numbers = D, G, splits, *_strides(particles)
+
+    def launch(stage, norm, along, out):
+        tensors = particles, mixed, norm, along, out
+        _launch(_project_kernel, G * splits * M, tensors, numbers, constants | {"STAGE": stage})
+        return out
+
+    gradient = torch.empty(M, G, D, dtype=particles.dtype, device=particles.device)
+    if coefficients is None and splits == 1:
+        return launch("all", mixed, mixed, gradient)
+    squares, along = (torch.empty(splits, M, G, dtype=acc, device=particles.device) for _ in range(2))
+    launch("sums", squares, along, mixed)
+    along = _add_splits(along, ACC)
+    if coefficients is None:
+        inverse_norm = _add_splits(squares, ACC, "inverse root", eps)
+        return launch("rest", inverse_norm, along * inverse_norm, gradient)
+    _, alignment, inverse_norm = pair_distances(particles, others, None, True, eps)
+    projection = (coefficients * alignment).sum(1).addcmul_(along, inverse_norm[:M])
+    return _combine(particles, others, None, inverse_norm, coefficients, projection, mixed)

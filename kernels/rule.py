@@ -55,7 +55,7 @@ def _row_sums(parts, first, programs, MI: tl.constexpr, ROWS: tl.constexpr, BLOC
 @triton.jit
 def _coefficients_kernel(
     distances,  # [MI, MJ, G]
-    alignments,  # [MI, MJ, G]
+    alignments,  # [MI, MJ, G], read when ALIGNED
     exact,  # [MJ, G], float64: bandwidths
     parts,  # [MI, programs], float64
     value,  # []
@@ -64,6 +64,7 @@ def _coefficients_kernel(
     G, programs,
     MI: tl.constexpr, MJ: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr, BLOCK: tl.constexpr,
     STEPS_ALL: tl.constexpr, BLOCK_ALL: tl.constexpr, SAMPLES: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """One row on SAMPLES samples; the first program has the value too."""
     pid = tl.program_id(0)
@@ -81,8 +82,9 @@ def _coefficients_kernel(
         c = scale * tl.exp(-d.to(tl.float64) / h) / h
         c = tl.where(d == 0, 0.0, c).to(d.dtype)
         tl.store(coefficients + at, c, mask=inside)
-        a = tl.load(alignments + at, mask=inside, other=0.0)
-        aligned += tl.sum(c.to(tl.float64) * a.to(tl.float64), 0)
+        if ALIGNED:
+            a = tl.load(alignments + at, mask=inside, other=0.0)
+            aligned += tl.sum(c.to(tl.float64) * a.to(tl.float64), 0)
     g = pid // MI * SAMPLES + tl.arange(0, SAMPLES)
     tl.store(projection + i.to(tl.int64) * G + g, aligned, mask=g < G)
     if pid == 0:

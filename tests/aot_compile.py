@@ -37,6 +37,11 @@ def launches(members, others, samples, columns, dtype, with_product, normalize=T
     d, alignment, inverse_norm = repulsion.pair_distances(particles, other, product, normalize, 1e-24)
     _, c, _, projection = repulsion.median_rule(d, alignment, 2.3)
     repulsion.combine(particles, other, product, inverse_norm, c, projection)
+    if with_product:  # the low-rank path: K columns of the product
+        repulsion.coordinates(particles, other, z[:, :, :256])
+        mixed = torch.empty(particles.shape, dtype=z.dtype, device="meta")
+        repulsion.project(particles, mixed, other, None, normalize, 1e-24)
+        repulsion.project(particles, mixed, other, c, normalize, 1e-24)
     return recorded
 
 
