@@ -5,7 +5,6 @@ without a compiler keeps the others.
 """
 
 import functools
-import math
 import os
 
 import torch
@@ -34,8 +33,7 @@ library.define(
     "project(Tensor particles, Tensor mixed, Tensor? others, Tensor? coefficients, bool normalize, float eps)"
     " -> Tensor"
 )
-# Optional: the rule for the default bandwidth and the projection that combine takes (0 without an alignment), for
-# backends that fuse it.
+# The rule for the default bandwidth, and the projection that combine takes (0 without an alignment).
 library.define(
     "median_rule(Tensor distances, Tensor? alignment, float log_count)"
     " -> (Tensor value, Tensor coefficients, Tensor bandwidth, Tensor projection)"
@@ -71,12 +69,6 @@ def _(particles, others, product, normalize, eps):
 @torch.library.register_fake("forde_fast::combine")
 def _(particles, others, product, norm, coefficients, projection):
     return particles.new_empty(particles.shape)
-
-
-@torch.library.impl(library, "coordinates", "CompositeExplicitAutograd")
-def _(particles, others, product):
-    first = product.sum(0, keepdim=True) / (math.sqrt(len(product) + 1) - 1)
-    return torch.cat([first, product])
 
 
 @torch.library.register_fake("forde_fast::coordinates")
@@ -160,7 +152,7 @@ def _register_triton() -> str:
         from forde_fast.kernels import repulsion as kernels
     except ImportError as error:
         return f"triton cannot be imported: {error}"
-    for name in ("contrasts", "pair_distances", "median_rule", "combine"):
+    for name in ("contrasts", "coordinates", "pair_distances", "median_rule", "combine", "project"):
         library.impl(name, getattr(kernels, name), "CUDA")
     return ""
 

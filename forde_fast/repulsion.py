@@ -172,7 +172,7 @@ def _distances(operations, particles, others, lengthscale, normalize, eps):
     product = None
     if rows > 1 and not _is_identity(lengthscale):
         contrasts = operations.contrasts(particles, others, normalize, eps)
-        if hasattr(lengthscale, "factors") and hasattr(operations, "project"):
+        if hasattr(lengthscale, "factors"):
             factors = lengthscale.factors(contrasts.dtype, contrasts.device)
             if factors is not None:
                 return _distances_by_factors(operations, particles, others, contrasts, factors, normalize, eps, dtype)
@@ -183,7 +183,7 @@ def _distances(operations, particles, others, lengthscale, normalize, eps):
 
 def _distances_by_factors(operations, particles, others, contrasts, factors, normalize, eps, dtype):
     factor, tail = factors
-    x = torch.ops.forde_fast.coordinates(particles, others, contrasts @ factor)
+    x = operations.coordinates(particles, others, contrasts @ factor)
     x, x_others = x[: len(particles)], None if others is None else x[len(particles) :]
     d, _, norm = operations.pair_distances(x, x_others, None, False, eps)
     if tail:
