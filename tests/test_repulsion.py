@@ -8,7 +8,7 @@ import torch
 
 import forde_fast as ff
 from forde_fast import reference
-from forde_fast.testing import CASES, compare, make_particles, make_pca
+from forde_fast.testing import CASES, DRAWS, compare, make_particles, make_pca
 
 GOLDEN = sorted((Path(__file__).parent / "golden").glob("repulsion_*.npz"))
 FAST = ["cpp", "triton"]  # "cuda" does the default path only: test_cuda.py
@@ -78,12 +78,16 @@ SHAPES = [
     (1, 5, 192), (2, 1, 7), (2, 5, 300), (3, 128, 7), (10, 5, 192), (10, 5, 300), (17, 5, 300), (64, 1, 300),
     (64, 5, 7), (3, 1, 3072), (10, 2, 3072),
 ]  # fmt: skip
-INTERPRETED = [(2, 1, 300), (3, 2, 7), (10, 1, 300)]  # a second a call; test_kernels.py has more
+INTERPRETED = [(2, 1, 300), (3, 2, 7), (10, 1, 300)]  # half a second a call; test_kernels*.py have more
 SOME = ("random", "spread 1e-3", "close pair 1e-4", "dead row")
 
 
+def interpreted(backend):
+    return backend == "triton" and not torch.cuda.is_available()
+
+
 def sizes(backend):
-    return INTERPRETED if backend == "triton" and not torch.cuda.is_available() else SHAPES
+    return INTERPRETED if interpreted(backend) else SHAPES
 
 
 def lengthscale(kind, size):
@@ -93,12 +97,12 @@ def lengthscale(kind, size):
 @pytest.mark.parametrize("kind", ["identity", "pca", "low rank"])
 @pytest.mark.parametrize(("name", "shape"), [(name, shape) for name in FAST for shape in sizes(name)], ids=str)
 def test_fresh_random_cases(name, shape, kind):
-    large = shape[0] ** 2 * shape[1] * shape[2] > 1e6 or shape in INTERPRETED
+    large = interpreted(name) or shape[0] ** 2 * shape[1] * shape[2] > 1e6
+    draws = 2 if interpreted(name) else DRAWS
     for case in SOME if large else CASES:
-        for dtype in (F32, BF16) if large else (F32, F64, BF16):
-            for what, errors in compare(
-                usable(name), case, shape, dtype, lengthscale(kind, shape[2]), device=home(name)
-            ).items():
+        for dtype in (F32,) if interpreted(name) else (F32, BF16) if large else (F32, F64, BF16):
+            scale = lengthscale(kind, shape[2])
+            for what, errors in compare(usable(name), case, shape, dtype, scale, draws, home(name)).items():
                 assert errors.within, f"{what} of {case} in {dtype}: {errors}"
 
 
@@ -122,7 +126,7 @@ def test_low_rank_of_a_steep_spectrum(size, rank, tail):
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("dtype", [F32, F64, BF16], ids=str)
 def test_everything_is_finite(case, dtype, backend):
-    for shape in ((1, 2, 7), (2, 2, 7), (5, 1, 1), (4, 1, 300)):
+    for shape in ((4, 1, 300),) if interpreted(backend) else ((1, 2, 7), (2, 2, 7), (5, 1, 1), (4, 1, 300)):
         for kind in ("identity", "low rank"):
             particles = make_particles(case, shape, 0, dtype).to(home(backend))
             result = ff.repulsion(particles, lengthscale(kind, shape[2]), backend=backend)
@@ -242,10 +246,7 @@ def test_symmetries(kind, fast):
 
 def test_columns_split_over_threads(fast):
     """One sample and many inputs: weight space."""
-    if fast == "triton" and not torch.cuda.is_available():
-        particles = torch.randn(3, 1, 5_000)
-    else:
-        particles = torch.randn(3, 1, 100_003)
+    particles = torch.randn(3, 1, 5_000 if interpreted(fast) else 100_003)
     thin = ff.PCA(torch.nn.functional.normalize(torch.randn(particles.shape[2], 1), dim=0), torch.tensor([3.0]), 0.5)
     for scale in (None, thin):
         for normalize in (True, False):
