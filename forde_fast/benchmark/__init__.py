@@ -33,7 +33,6 @@ from forde_fast.timing import append, captured, interleaved, quantiles, ratio
 __all__ = ["DEFAULT_SHAPES", "DTYPES", "GROUPS", "PROVIDERS", "SHAPES", "as_text", "bench", "default_device", "keep"]
 
 BUDGET = 3.0  # seconds of timing for each provider of a case, after the rounds that all take part in
-MISSING = ("left_out", "wrong")  # a row with one of these has no time
 
 
 def default_device() -> str:
@@ -92,20 +91,18 @@ def _prove(name: str, case: Case, particles: Tensor, scale, calls: dict) -> dict
     if reason := unusable(name, case):
         return {"left_out": reason}
     try:
-        calls[name] = make_provider(name, particles, scale)
-        wrong = check(calls[name](), particles, scale)
+        call = make_provider(name, particles, scale)
+        wrong = check(call(), particles, scale)
     except Exception as error:
         reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-        refused = isinstance(error, RuntimeError) and str(error).startswith(
-            "backend: "
-        )  # it says what it does not do
+        refused = "RuntimeError: backend: " in reason  # the operation's words for what a backend does not do
         if name in PLAIN or refused or isinstance(error, torch.OutOfMemoryError):
-            calls.pop(name, None)
             return {"left_out": reason}
         wrong = [reason]  # whatever else stops our own backend is a fault of it
     if wrong:
-        calls.pop(name, None)
-    return {"wrong": wrong} if wrong else {}
+        return {"wrong": wrong}
+    calls[name] = call
+    return {}
 
 
 def _time(case: Case, calls: dict, particles: Tensor, scale, rounds: int, caches: tuple[str, ...]) -> list[dict]:
@@ -136,12 +133,7 @@ def _time(case: Case, calls: dict, particles: Tensor, scale, rounds: int, caches
 def _row(case: Case, provider: str, **measured) -> dict:
     moved, products, pairs = count(case)
     sizes = dict(zip("MBD", case.shape, strict=True))
-    chosen = {
-        "lengthscale": case.lengthscale,
-        "device": case.device,
-        "dtype": case.dtype,
-        "precision": case.precision,
-    }
+    chosen = {name: getattr(case, name) for name in ("lengthscale", "device", "dtype", "precision")}
     return {"provider": provider, **sizes, **chosen, "bytes": moved, "flop": products + pairs, **measured}
 
 
@@ -155,18 +147,18 @@ def _target(case: Case, row: dict) -> dict:
         asked[f"{most:g} x floor" if what == "ratio" else f"{most:g} ms"] = row[what] <= most
     if case.device == "cuda" and case.shape == SHAPES["cifar"]:
         for plain, least in SPEEDUPS.get(case.lengthscale, {}).items():
-            asked[f"{plain} / {least}"] = row.get(f"{plain}_over_this", 0) >= least
+            if f"{plain}_over_this" in row:
+                asked[f"{plain} / {least}"] = row[f"{plain}_over_this"] >= least
     missed = [text for text, reached in asked.items() if not reached]
     return {"target": ", ".join(asked), "met": f"no: {', '.join(missed)}" if missed else "yes"} if asked else {}
 
 
 def keep(rows: list[dict], folder: Path | None) -> None:
     """Append the rows that have a time to FOLDER/repulsion.csv."""
-    timed = [row for row in rows if not any(key in row for key in MISSING)]
+    timed = [row for row in rows if "ms" in row]
     if folder is not None and timed:
-        rates = {
-            f"{name}_per_s": f"{rate:.4g}" for name, rate in (peaks() if timed[0]["device"] == "cuda" else {}).items()
-        }
+        rates = peaks() if timed[0]["device"] == "cuda" else {}
+        rates = {f"{name}_per_s": f"{rate:.4g}" for name, rate in rates.items()}
         append("repulsion", [row | rates for row in timed], folder)
 
 
@@ -178,23 +170,18 @@ def as_text(rows: list[dict]) -> str:
     head += f": {first['bytes'] / 1e6:.4g} MB, {first['flop'] / 1e9:.3g} GFLOP"
     if timed:
         head += ", floor {floor_ms:.4g} ms ({floor})".format(**timed[0])
-    lines = [head]
-    for row in rows:
-        text = "  {provider:<10}".format(**row)
-        if "ms" not in row:
-            what = (
-                f"left out: {row['left_out']}"
-                if "left_out" in row
-                else f"WRONG, not timed: {'; '.join(row['wrong'])}"
-            )
-            lines.append(text + what)
-            continue
-        text += "{ms:10.4g} ms  ({ms_20:.4g} to {ms_80:.4g})  {ratio:7.2f} x floor".format(**row)
-        text += f"  {row['cache']}, {row['launch']}" if row["cache"] else ""
-        if row["provider"] not in PLAIN:
-            for plain in PLAIN:
-                text += f"  {plain} / this {row[f'{plain}_over_this']:.3g}" if f"{plain}_over_this" in row else ""
-        if "target" in row:
-            text += "  asked: {target}; reached: {met}".format(**row)
-        lines.append(text)
-    return "\n".join(lines)
+    return "\n".join([head, *map(_as_line, rows)])
+
+
+def _as_line(row: dict) -> str:
+    text = "  {provider:<10}".format(**row)
+    if "left_out" in row:
+        return text + "left out: " + row["left_out"]
+    if "wrong" in row:
+        return text + "WRONG, not timed: " + "; ".join(row["wrong"])
+    text += "{ms:10.4g} ms  ({ms_20:.4g} to {ms_80:.4g})  {ratio:7.2f} x floor".format(**row)
+    text += f"  {row['cache']}, {row['launch']}" if row["cache"] else ""
+    for plain in PLAIN if row["provider"] not in PLAIN else ():
+        text += f"  {plain} / this {row[f'{plain}_over_this']:.3g}" if f"{plain}_over_this" in row else ""
+    text += "  asked: {target}; reached: {met}".format(**row) if "target" in row else ""
+    return text
