@@ -102,10 +102,10 @@ class Conv:
 
 
 def _channels_last(x: Tensor) -> Tensor:
-    """With one channel both layouts are the same numbers, and `contiguous` would leave the other one's strides."""
-    if x.shape[1] == 1:
+    """By moves of dimensions, which torch.func.vmap knows, unlike memory formats."""
+    if x.shape[1] == 1:  # both layouts are the same numbers: `contiguous` would leave the other one's strides
         return x.contiguous().squeeze(1).unsqueeze(-1).movedim(-1, 1)
-    return x.contiguous(memory_format=torch.channels_last)
+    return x.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
 class FastConv1d(Conv, nn.Conv1d):
