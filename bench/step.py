@@ -1,24 +1,43 @@
-"""The training step: ours against a plain PyTorch loop that differentiates twice with autograd, and against a plain
-deep-ensemble step, whose cost times 2 is the floor of exact FoRDE.
+"""The training step: ours against a plain PyTorch loop that differentiates twice with autograd, and against the floor
+of exact FoRDE, which is 2 x the faster of our own and the plain deep-ensemble step.
 
-    python bench/step.py [--device cuda] [--rounds 9] [--out FOLDER]
+    python bench/step.py [--device cuda] [--rounds 9] [--cases mlp,cnn-digits] [--providers plain-de,de,forde]
+                         [--precision bf16] [--parts] [--out FOLDER]
+
+Providers take turns in one process. `lazy` is the mean over four steps with repulsion_every=4; `compiled-de` is the
+plain deep-ensemble step through torch.compile (a plain FoRDE step cannot be compiled: it differentiates twice). The
+official code's step is timed on the same cases by bench/official_jax.py, whose rows go to the same file.
 """
 
+from __future__ import annotations
+
+import itertools
 import sys
+import time
 
 import torch
-from timing import append, interleaved, options, quantiles, ratio
+from timing import RESULTS, append, interleaved, quantiles, ratio
 from torch.nn import functional as F
 
 import forde_fast as ff
 from forde_fast import models, reference
+from forde_fast import step as core
+from forde_fast.strategies import Graphs
 
-CASES = [  # model, width, members, batch, input
-    ("mlp", 128, 5, 128, (1, 28, 28)),
-    ("mlp", 128, 10, 128, (1, 28, 28)),
-    ("cnn", 16, 5, 128, (1, 28, 28)),
-    ("resnet18", 16, 2, 64, (3, 32, 32)),
-]
+CASES = {  # model, width, members, batch, input
+    "mlp": ("mlp", 128, 10, 128, (1, 28, 28)),
+    "mlp-5": ("mlp", 128, 5, 128, (1, 28, 28)),
+    "cnn": ("cnn", 16, 5, 128, (1, 28, 28)),
+    "cnn-10": ("cnn", 16, 10, 128, (1, 28, 28)),
+    "cnn-digits": ("cnn", 16, 10, 128, (1, 8, 8)),
+    "resnet18-16": ("resnet18", 16, 2, 128, (3, 32, 32)),
+    "resnet18-64": ("resnet18", 64, 2, 32, (3, 32, 32)),
+    "resnet18-64-10": ("resnet18", 64, 10, 128, (3, 32, 32)),
+    "resnet18-64-1": ("resnet18", 64, 1, 128, (3, 32, 32)),
+}
+SHORT = {"cpu": "mlp,cnn,cnn-digits,resnet18-16", "cuda": "resnet18-64-10,mlp"}  # a default run: 3 minutes, 1 minute
+PROVIDERS = ("plain-de", "de", "plain-forde", "forde", "stacked", "auto", "lazy")
+OPTIONAL = ("compiled-de", "plain-layers", "one-at-a-time", "streams")
 
 
 def plain_step(members, optimizer, x, y, repulsive):
@@ -26,7 +45,7 @@ def plain_step(members, optimizer, x, y, repulsive):
     x = x.detach().requires_grad_(repulsive)
     outputs = [member(x) for member in members]
     loss = sum(F.cross_entropy(o, y) for o in outputs)
-    if repulsive:
+    if repulsive and len(members) > 1:
         scores = [o.gather(1, y[:, None]).sum() for o in outputs]
         gradients = torch.stack([torch.autograd.grad(s, x, create_graph=True)[0].flatten(1) for s in scores])
         s = reference.normalise(gradients, 1e-24)
@@ -37,44 +56,160 @@ def plain_step(members, optimizer, x, y, repulsive):
     optimizer.step()
 
 
-def measure(model, width, members, batch, shape, device, rounds):
-    def build():
-        return models.make(model, 10, shape, width)
+def steps(build, members, x, y, names, precision):
+    """name -> a call that does one step (lazy: four), each on an ensemble of its own; and the trainers."""
 
-    x, y = torch.randn(batch, *shape, device=device), torch.randint(10, (batch,), device=device)
-    plain = [m.train() for m in ff.Ensemble(build, members).to(device).members]
-    optimizer = torch.optim.SGD([p for m in plain for p in m.parameters()], 0.01, 0.9, nesterov=True)
-    trainers = {name: ff.Trainer(ff.Ensemble(build, members).to(device), name, lr=0.01) for name in ("de", "forde")}
-    times = interleaved(
-        {
-            "plain de": lambda: plain_step(plain, optimizer, x, y, False),
-            "de": lambda: trainers["de"].step(x, y),
-            "plain forde": lambda: plain_step(plain, optimizer, x, y, True),
-            "forde": lambda: trainers["forde"].step(x, y),
-        },
-        rounds,
-        device,
-    )
-    return [
-        {
-            "provider": name, "model": model, "width": width, "M": members, "B": batch,
-            **dict(zip(("ms_20", "ms", "ms_80"), (round(1e3 * t, 3) for t in quantiles(times[name])), strict=True)),
-            "over_plain_de": round(ratio(times[name], times["plain de"]), 3),
-        }
-        for name in times
-    ]  # fmt: skip
+    def plain():
+        modules = [m.train() for m in ff.Ensemble(build, members).to(x.device).members]
+        return modules, torch.optim.SGD([p for m in modules for p in m.parameters()], 0.01, 0.9, nesterov=True)
+
+    def autocast(call):
+        def run():
+            with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16"):
+                call()
+
+        return run
+
+    options = {
+        "de": {"method": "de"},
+        "forde": {},
+        "stacked": {"strategy": "stacked"},
+        "streams": {"strategy": "streams"},
+        "auto": {"strategy": "auto"},
+        "lazy": {"repulsion_every": 4},
+        "one-at-a-time": {"members_at_a_time": 1},
+        "plain-layers": {"accelerate": False},
+    }
+    calls, trainers = {}, {}
+    for name in names:
+        if name == "compiled-de":
+            own = plain()
+            calls[name] = autocast(torch.compile(lambda own=own: plain_step(*own, x, y, False)))
+        elif name.startswith("plain-") and name != "plain-layers":
+            own, repels = plain(), name == "plain-forde"
+            calls[name] = autocast(lambda own=own, repels=repels: plain_step(*own, x, y, repels))
+        else:
+            own = ff.Ensemble(build, members).to(x.device)
+            trainers[name] = trainer = ff.Trainer(own, lr=0.01, precision=precision, **options[name])
+            count = 4 if name == "lazy" else 1
+            calls[name] = lambda trainer=trainer, count=count: [trainer.step(x, y) for _ in range(count)]
+    return calls, trainers
+
+
+def peak_megabytes(call, device: str) -> float:
+    """What one call needs beyond what is held before it."""
+    if device == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        call()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))
+    return max(held, default=0) / 2**20
+
+
+def parts(trainer, x, y, rounds: int) -> dict[str, float]:
+    """Milliseconds of a FoRDE step's parts: forward, input gradient, repulsion with the log, second-order pass,
+    optimiser; the fastest of some rounds."""
+    ensemble, objective, found = trainer.ensemble, trainer.objective, {}
+
+    def clock() -> float:
+        if x.is_cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def lap(name: str, begin: float) -> float:
+        end = clock()
+        found[name] = min(found.get(name, float("inf")), 1e3 * (end - begin))
+        return end
+
+    for _ in range(rounds):
+        graphs = Graphs(
+            ensemble, ensemble.flat, None, x, y, objective.loss, trainer._strategy, objective.method.space
+        )
+        at = clock()
+        outputs = [member(x) for member in ensemble.members]
+        at = lap("forward_ms", at)
+        del outputs
+        at = clock()
+        _, particles = graphs.forward()
+        at = lap("particles_ms", at)
+        result, cotangents, dead = core._repel(particles, objective)
+        core._diagnose(particles, result, dead, objective.method)
+        at = lap("repulsion_ms", at)
+        g, _ = graphs.pull_back(cotangents)
+        at = lap("pull_back_ms", at)
+        with torch.no_grad():
+            core.descend_(ensemble.flat, trainer.velocity, g, trainer.sgd)
+        lap("optimizer_ms", at)
+    return {name: round(ms, 3) for name, ms in found.items()}
+
+
+def measure(case: str, names, given) -> list[dict]:
+    model, width, members, batch, shape = CASES[case]
+    x, y = torch.randn(batch, *shape, device=given.device), torch.randint(10, (batch,), device=given.device)
+    names = [n for n in names if not (n in ("stacked", "auto") and model == "resnet18" and given.device == "cpu")]
+    calls, trainers = steps(lambda: models.make(model, 10, shape, width), members, x, y, names, given.precision)
+    times = interleaved(calls, given.rounds, given.device)
+    if "lazy" in times:
+        times["lazy"] = [t / 4 for t in times["lazy"]]
+    de = [name for name in ("plain-de", "de") if name in times]
+    floor = [2 * min(pair) for pair in zip(*(times[name] for name in de), strict=True)]
+    rows = []
+    for name in times:
+        low, ms, high = (round(1e3 * t, 3) for t in quantiles(times[name]))
+        row = {"provider": name, "model": model, "width": width, "M": members, "B": batch, "D": x[0].numel(),
+               "precision": given.precision, "ms_20": low, "ms": ms, "ms_80": high}  # fmt: skip
+        row["peak_mb"] = round(peak_megabytes(calls[name], given.device), 1)
+        if floor:
+            row["over_floor"] = round(ratio(times[name], floor), 3)
+            row["over_de"] = round(2 * row["over_floor"], 3)
+        if "plain-forde" in times:
+            row["plain_forde_over"] = round(ratio(times["plain-forde"], times[name]), 3)
+        if name in trainers:
+            row["strategy"] = trainers[name].strategy_report
+        if given.parts and name in ("forde", "stacked") and members > 1:
+            row |= parts(trainers[name], x, y, min(given.rounds, 5))
+        rows.append(row)
+    return rows
 
 
 def main() -> int:
-    given = options(__doc__, rounds=9)
-    table = []
-    for case in CASES:
-        for row in measure(*case, given.device, given.rounds):
-            table.append(row)
-            print("{provider:12} {model:9} width {width:3} M {M:3} B {B:4} {ms:10.2f} ms   "
-                  "{over_plain_de:6.2f} x a plain deep-ensemble step".format(**row), flush=True)  # fmt: skip
-    print(append("step", table, given.out))
+    given = arguments()
+    names = given.providers.split(",")
+    for case in given.cases.split(","):
+        rows = measure(case, names, given)
+        for row in rows:
+            print(f"{row['provider']:13} {case:15} M {row['M']:3} B {row['B']:4} {row['ms']:10.2f} ms "
+                  f"{row['peak_mb']:8.0f} MB {row.get('over_de', float('nan')):6.2f} x a deep-ensemble step  "
+                  f"plain FoRDE / this {row.get('plain_forde_over', float('nan')):5.2f}  {row.get('strategy', '')}",
+                  flush=True)  # fmt: skip
+        print(append("step", rows, given.out))  # case by case: what is cut off leaves the others
     return 0
+
+
+def arguments():
+    import argparse
+    from pathlib import Path
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--cases", help=f"of {', '.join(CASES)}")
+    parser.add_argument("--providers", default=",".join(PROVIDERS), help=f"default: %(default)s; also {OPTIONAL}")
+    parser.add_argument("--precision", default=None, help="full, tf32 or bf16; default: bf16 on CUDA, else full")
+    parser.add_argument("--parts", action="store_true", help="the breakdown of a step")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="the folder of the CSV file")
+    given = parser.parse_args()
+    given.cases = given.cases or SHORT[given.device]
+    given.precision = given.precision or ("bf16" if given.device == "cuda" else "full")
+    for chosen, valid in ((given.cases, CASES), (given.providers, (*PROVIDERS, *OPTIONAL))):
+        odd = [name for name in chosen.split(",") if name not in valid]
+        if odd:
+            parser.error(f"expected of {', '.join(valid)}, got {', '.join(odd)}")
+    return given
 
 
 if __name__ == "__main__":

@@ -6,10 +6,12 @@ import contextlib
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from forde_fast import second_order
 from forde_fast.ensemble import Ensemble, evaluation_mode
 from forde_fast.step import Objective, gradient
 from forde_fast.strategies import Graphs, Strategy, alike, random_state, set_random_state
@@ -20,50 +22,80 @@ WORTH = 0.9  # what is not faster than a loop by this factor is not worth anothe
 _measured: dict[tuple, dict[str, float]] = {}  # so that equal trainers in one process are computed alike
 
 
-def choose(
-    kind: str, strategy: Strategy, ensemble: Ensemble, objective: Objective, x: Tensor, y: Tensor
-) -> tuple[Strategy, str]:
-    """The strategy for batches like x, y, and why: `kind` in it, or "auto". The ensemble and torch's generators
-    stay as they are.
+class Choice(NamedTuple):
+    """A strategy; whether layers with a fast second-order pass go with it (None: the layers are not ours); why."""
 
-    "auto" takes a loop where there is no repulsion (members are then M plain training loops, bit for bit) and
-    where members draw random numbers (so that a seed gives the same masks whatever is fastest); else the fastest
-    of those that are possible and fit in memory.
+    strategy: Strategy
+    accelerate: bool | None
+    report: str = ""
+
+
+def choose(
+    kind: str, strategy: Strategy, ensemble: Ensemble, objective: Objective, x: Tensor, y: Tensor, accelerate: bool
+) -> Choice:
+    """What to use for batches like x, y: `kind` in `strategy`, or "auto": the fastest that is possible and fits in
+    memory. accelerate: whether the caller gave the members fast layers, which may then be swapped. The ensemble's
+    numbers and torch's generators stay as they are; its layers are left as chosen.
+
+    "auto" keeps to a loop where there is no repulsion, as plain training loops are, and where members draw random
+    numbers, so that a seed gives the same masks whatever is fastest. Stacked members have PyTorch's own layers, and
+    "auto" tries them in the loop too: in a small network the fast ones do not pay.
     """
-    loop, reasons = replace(strategy, kind="loop"), []
-    if kind == "loop" or len(ensemble) == 1:
-        return loop, "loop" if kind == "loop" else "loop: one member"
-    if kind == "auto" and not objective.repels(len(ensemble)):
-        return loop, "loop: without repulsion members are plain training loops"
-    candidates = {}
-    for name in ("stacked", "streams") if kind == "auto" else (kind,):
-        reason = why_not(name, replace(strategy, kind=name), ensemble, objective, x, y)
+    reasons: list[str] = []
+    candidates = {"loop": Choice(replace(strategy, kind="loop"), accelerate or None)}
+    repels = objective.repels(len(ensemble))
+    for name in {"auto": ("stacked", "streams") if repels else ()}.get(kind, (kind,)):
+        possible = Choice(replace(strategy, kind=name), name != "stacked" if accelerate else None)
+        _layers(ensemble, possible)
+        reason = why_not(possible.strategy, ensemble, objective, x, y)
+        if (
+            not reason
+            and kind == "auto"
+            and name == "stacked"
+            and _draws(possible.strategy, ensemble, objective, x, y)
+        ):
+            reason = "the members draw random numbers, whose order would change"
         if reason:
             reasons.append(f"not {name}: {reason}")
         else:
-            candidates[name] = replace(strategy, kind=name)
+            candidates[name] = possible
     if kind != "auto":
-        return (candidates[kind], kind) if candidates else (loop, f"loop: {reasons[0]}")
-    if "stacked" in candidates and _draws(loop, ensemble, objective, x, y):
-        del candidates["stacked"]
-        reasons.append("not stacked: the members draw random numbers, whose order would change")
-    key = (loop, tuple(candidates), repr(ensemble), x.shape, x.dtype, x.device, objective.method, objective.loss,
+        best, report = (kind, kind) if kind in candidates else ("loop", "loop")
+    else:
+        if accelerate:
+            candidates["loop, PyTorch's layers"] = Choice(candidates["loop"].strategy, False)
+        best = report = "loop"
+        if len(candidates) > 1:
+            best, report = _fastest(candidates, ensemble, objective, x, y)
+    _layers(ensemble, candidates[best])
+    return candidates[best]._replace(report="; ".join([report, *reasons]))
+
+
+def _fastest(candidates: dict[str, Choice], ensemble, objective, x, y) -> tuple[str, str]:
+    repelled = objective.method if objective.repels(len(ensemble)) else None
+    key = (tuple(candidates.items()), repr(ensemble), x.shape, x.dtype, x.device, repelled, objective.loss,
            objective.backend, type(objective.lengthscale), objective.repulsion_samples)  # fmt: skip
-    if candidates and key not in _measured:
-        _measured[key] = _measure({"loop": loop, **candidates}, ensemble, objective, x, y)
-    times = _measured.get(key)
-    if not times:
-        return loop, "; ".join(["loop", *reasons])
-    best = min(times, key=lambda name: times[name] * (1 if name == "loop" else 1 / WORTH))
-    others = ", ".join(f"{name} {1e3 * t:.1f} ms" for name, t in times.items() if name != best)
-    return candidates.get(best, loop), "; ".join([f"{best}: {1e3 * times[best]:.1f} ms a step, {others}", *reasons])
+    if key not in _measured:
+        _measured[key] = _measure(dict(candidates), ensemble, objective, x, y)
+    times = _measured[key]
+    if not times:  # nothing fits in memory
+        return "loop", "loop"
+    best = min(times, key=lambda name: times[name] * (WORTH if name == "loop" else 1))
+    others = ", ".join(f"{name} {1e3 * t:.1f}" for name, t in times.items() if name != best)
+    return best, f"{best}: {1e3 * times[best]:.1f} ms a step" + (f" ({others})" if others else "")
 
 
-def why_not(kind: str, strategy: Strategy, ensemble: Ensemble, objective: Objective, x: Tensor, y: Tensor) -> str:
+def _layers(ensemble: Ensemble, choice: Choice) -> None:
+    """Swap the ensemble's layers as chosen."""
+    if choice.accelerate is not None:
+        (second_order.accelerate if choice.accelerate else second_order.decelerate)(ensemble)
+
+
+def why_not(strategy: Strategy, ensemble: Ensemble, objective: Objective, x: Tensor, y: Tensor) -> str:
     """Why the members cannot be computed so; empty where they can."""
-    if kind == "streams":
+    if strategy.kind == "streams":
         return "" if x.is_cuda else "it needs a CUDA device"
-    if kind != "stacked":
+    if strategy.kind != "stacked" or len(ensemble) == 1:
         return ""
     space = objective.method.space
     if space is not None and not hasattr(space, "stacked"):
@@ -93,16 +125,17 @@ def _draws(strategy: Strategy, ensemble: Ensemble, objective: Objective, x: Tens
     return any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
-def _measure(candidates: dict[str, Strategy], ensemble, objective, x, y) -> dict[str, float]:
+def _measure(candidates: dict[str, Choice], ensemble, objective, x, y) -> dict[str, float]:
     """Seconds of a step with each, the shortest of some rounds in which they take turns. What is out of memory, or
     slower by half in its first round, is left out of the rest."""
     times: dict[str, float] = {}
     with _unchanged(ensemble):
         for number in range(1 + ROUNDS):
             for name in list(candidates):
+                _layers(ensemble, candidates[name])
                 begin = _now(x.device)
                 try:
-                    gradient(ensemble, ensemble.flat, None, x, y, objective, strategy=candidates[name])
+                    gradient(ensemble, ensemble.flat, None, x, y, objective, strategy=candidates[name].strategy)
                 except torch.OutOfMemoryError:
                     del candidates[name]
                     times.pop(name, None)

@@ -14,6 +14,7 @@ from forde_fast.methods import RECIPES
 from forde_fast.models import MODELS
 from forde_fast.repulsion import BACKENDS, available_backends
 from forde_fast.spaces import SCORES
+from forde_fast.strategies import KINDS, PRECISIONS
 from forde_fast.validation import expect
 
 
@@ -40,6 +41,9 @@ class TrainConfig:
     repulsion_weight: float = 20.0
     score: str = "logit"  # whose input gradient is compared
     backend: str = "auto"
+    strategy: str = "auto"  # how the members are computed; auto tries and takes the fastest
+    precision: str = "full"  # of the networks' passes; tf32 or bf16
+    repulsion_every: int = 1  # steps; with as many times its weight
     epochs: int = 20
     lr: float = 0.1
     weight_decay: float = 5e-4
@@ -57,9 +61,20 @@ class TrainConfig:
             ("method", RECIPES),
             ("score", SCORES),
             ("backend", ("auto", *BACKENDS)),
+            ("strategy", ("auto", *KINDS)),
+            ("precision", PRECISIONS),
         ):
             validation.one_of(getattr(self, name), name, valid)
-        for name in ("train_size", "test_size", "width", "members", "epochs", "batch_size", "checkpoint_every"):
+        for name in (
+            "train_size",
+            "test_size",
+            "width",
+            "members",
+            "epochs",
+            "batch_size",
+            "checkpoint_every",
+            "repulsion_every",
+        ):
             value = getattr(self, name)
             expect(value is None or (isinstance(value, int) and value >= 1), name, "a whole number >= 1", value)
         expect(isinstance(self.seed, int) and self.seed >= 0, "seed", "a whole number >= 0", self.seed)

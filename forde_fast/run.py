@@ -123,6 +123,7 @@ class Run:
             seconds += self._fit(trainer, loader, stop, seconds, progress)
             save_ensemble(self.folder / "checkpoint.safetensors", self.ensemble)
             metrics = {"method": self.config.method, "strength": self.strength, "seconds": seconds}
+            metrics["strategy"] = trainer.strategy_report
             metrics["members_x_images_per_second"] = trainer.steps * self.config.members * loader.batch_size / seconds
             metrics |= self.evaluate()
             self._draw()
@@ -143,6 +144,9 @@ class Run:
             recipe(x, config.alpha),
             config.repulsion_weight,
             backend=config.backend,
+            strategy=config.strategy,
+            precision=config.precision,
+            repulsion_every=config.repulsion_every,
             lr=config.lr,
             weight_decay=config.weight_decay,
             seed=config.seed,

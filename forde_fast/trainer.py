@@ -106,8 +106,8 @@ class Trainer:
         self.objective = Objective(resolve(method), lengthscale, repulsion_weight, eps, backend, loss,
                                    repulsion_every, repulsion_samples)  # fmt: skip
         # where nothing repels there is no second-order pass, and training stays plain PyTorch's to the byte
-        accelerate = accelerate and self.objective.repels(len(ensemble))
-        self.acceleration = second_order.accelerate(ensemble) if accelerate else second_order.Acceleration()
+        self._accelerate = accelerate and self.objective.repels(len(ensemble))
+        self.acceleration = second_order.accelerate(ensemble) if self._accelerate else second_order.Acceleration()
         self.sgd = SGD(lr, momentum, nesterov, weight_decay)
         self.velocity = torch.zeros_like(ensemble.flat)
         self.optimizer = None
@@ -132,10 +132,9 @@ class Trainer:
         if not self.ensemble.training:
             self.ensemble.train()
         if not self.strategy_report:
-            self._strategy, self.strategy_report = choose(
-                self.strategy, self._strategy, self.ensemble, self.objective, x, y
-            )
-            self.strategy = self._strategy.kind
+            choice = choose(self.strategy, self._strategy, self.ensemble, self.objective, x, y, self._accelerate)
+            self._strategy, accelerate, self.strategy_report = choice
+            self.strategy, self._accelerate = self._strategy.kind, bool(accelerate)
         flat, measured = self.ensemble.flat, self.objective.measures(self.steps)
         self.velocity = self.velocity.to(flat)  # the ensemble may have been moved or cast
         objective = self.objective.at(self.steps)
@@ -221,6 +220,7 @@ class Trainer:
             "log_sum": self._log_sum,
             "seen": torch.stack(self._seen),
             "strategy": self.strategy,
+            "accelerate": self._accelerate,
             "random": random_state(self.ensemble.flat.device),
         }
 
@@ -242,6 +242,9 @@ class Trainer:
         self.position, self._random = Position(*state["position"]), state["random"]
         self._seen = Log(*state["seen"].to(self.ensemble.flat.device, copy=True))
         self.strategy, self.strategy_report = state["strategy"], ""  # how the interrupted run was computed
+        if self._accelerate and not state["accelerate"]:
+            second_order.decelerate(self.ensemble)
+            self._accelerate = False
         self._log_sum = state["log_sum"].to(self._log_sum, copy=True)
 
     def _step_with_optimizer(self, g: Tensor, rate: float) -> None:
