@@ -135,16 +135,17 @@ def check(backend, x, scale, keywords):
     """Finite, of the right dtypes and shapes, and right.
 
     One draw's rounding errors are luck, so that the budget of `testing` alone does not judge it: besides, the
-    result may be off by what 32 eps of every particle's norm, added to it, does to the exact result.
+    result may be off by 32 eps of what it is made of, and by what 32 eps of every particle's norm, added to it, does
+    to the exact result.
     """
     narrow = F64 if x.dtype == F64 else F32
     result = ff.repulsion(x, scale, backend=backend, **keywords)
     exact = reference.repulsion(x.double(), scale, **cast(keywords, F64))
     plain = reference.repulsion(x.to(narrow), scale, **cast(keywords, narrow))
     sizes = natural_sizes(exact, x, scale, keywords)
-    moved = []
+    moved, step = [], 32 * torch.finfo(narrow).eps
     for seed in range(3):
-        generator, step = torch.Generator().manual_seed(seed), 32 * torch.finfo(narrow).eps
+        generator = torch.Generator().manual_seed(seed)
         noise = torch.nn.functional.normalize(torch.randn(x.shape, generator=generator, dtype=F64), dim=-1)
         near = x.double() + step * noise * x.double().norm(dim=-1, keepdim=True)
         moved.append(reference.repulsion(near, scale, **cast(keywords, F64)))
@@ -157,7 +158,7 @@ def check(backend, x, scale, keywords):
         off, plainly, *by_steps = (
             float((part[index].double() - wanted).norm()) / size for part in (result, plain, *moved)
         )
-        allowed = budget(plainly, x.dtype, name == "gradient", wide=True) + max(by_steps)
+        allowed = budget(plainly, x.dtype, name == "gradient", wide=True) + step + max(by_steps)
         assert off <= allowed, f"{name}: off by {off:.1e}, plain {plainly:.1e}, allowed {allowed:.1e}"
     return result
 
