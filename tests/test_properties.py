@@ -135,20 +135,21 @@ def check(backend, x, scale, keywords):
     """Finite, of the right dtypes and shapes, and right.
 
     One draw's rounding errors are luck, so that the budget of `testing` alone does not judge it: besides, the
-    result may be off by 32 eps of what it is made of, and by what 32 eps of every particle's norm, added to it, does
-    to the exact result.
+    result may be off by 32 eps of what it is made of, and by what 32 eps of every particle's norm, added to it (and
+    that share of a given bandwidth), does to the exact result.
     """
     narrow = F64 if x.dtype == F64 else F32
     result = ff.repulsion(x, scale, backend=backend, **keywords)
     exact = reference.repulsion(x.double(), scale, **cast(keywords, F64))
     plain = reference.repulsion(x.to(narrow), scale, **cast(keywords, narrow))
     sizes = natural_sizes(exact, x, scale, keywords)
-    moved, step = [], 32 * torch.finfo(narrow).eps
+    moved, step, h = [], 32 * torch.finfo(narrow).eps, keywords["bandwidth"]
+    wider = {} if isinstance(h, str | ff.Median) else {"bandwidth": h * (1 + step)}
     for seed in range(3):
         generator = torch.Generator().manual_seed(seed)
         noise = torch.nn.functional.normalize(torch.randn(x.shape, generator=generator, dtype=F64), dim=-1)
         near = x.double() + step * noise * x.double().norm(dim=-1, keepdim=True)
-        moved.append(reference.repulsion(near, scale, **cast(keywords, F64)))
+        moved.append(reference.repulsion(near, scale, **cast(keywords | wider, F64)))
     for index, name in enumerate(result._fields):
         got, wanted = result[index], exact[index]
         assert torch.isfinite(got).all(), name
