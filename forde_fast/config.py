@@ -50,6 +50,7 @@ class TrainConfig:
     batch_size: int = 128
     augment: bool = False  # random crop with padding 4, and flip
     checkpoint_every: int | None = None  # steps, besides every epoch
+    tensorboard: bool = False  # write event files into the run's folder too
     seed: int = 0
     device: str = "auto"
     out: str = "runs/first"
@@ -92,7 +93,7 @@ class TrainConfig:
 
 
 # What does not change what a run computes, and may be another when it is resumed.
-MOVABLE = ("data_dir", "corrupted_dir", "download", "checkpoint_every", "device", "out")
+MOVABLE = ("data_dir", "corrupted_dir", "download", "checkpoint_every", "tensorboard", "device", "out")
 
 FIELDS = {field.name: field for field in dataclasses.fields(TrainConfig)}
 

@@ -31,7 +31,7 @@ from forde_fast.signals import Interrupted, StopSignals
 from forde_fast.spaces import InputGradients
 from forde_fast.trainer import Log, Trainer
 from forde_fast.validation import expect
-from forde_fast.watching import JSONLines, Progress, append_line, keep_lines
+from forde_fast.watching import JSONLines, Progress, TensorBoard, append_line, check_tensorboard, keep_lines
 
 CORRUPTIONS = ("gaussian_noise", "shot_noise", "gaussian_blur", "contrast", "brightness", "pixelate")
 FILES = ("config.toml", "log.jsonl", "epochs.jsonl", "checkpoints", "checkpoint.safetensors", "metrics.json")
@@ -42,6 +42,8 @@ class Run:
 
     def __init__(self, config: TrainConfig):
         self.config = config
+        if config.tensorboard:
+            check_tensorboard()
         self.folder = Path(config.out)
         self.checkpoints = Checkpoints(self.folder / "checkpoints")
         self.state: dict | None = None
@@ -158,7 +160,9 @@ class Run:
         """Train and keep checkpoints; returns the seconds that it took, `before` being those of earlier parts."""
         start, every = time.perf_counter(), self.config.checkpoint_every
         bar = Progress(trainer, self.config.epochs * len(loader), self.config.method) if progress else None
-        with JSONLines(self.folder / "log.jsonl", trainer, trainer.steps) as lines, bar or nullcontext():
+        board = TensorBoard(self.folder / "tensorboard", trainer) if self.config.tensorboard else None
+        lines = JSONLines(self.folder / "log.jsonl", trainer, trainer.steps)
+        with lines, bar or nullcontext(), board or nullcontext():
 
             def keep() -> None:
                 lines.flush()
@@ -168,12 +172,16 @@ class Run:
                 lines(epoch, log)
                 if bar is not None:
                     bar(epoch, log)
+                if board is not None:
+                    board.on_step(epoch, log)
                 if stop.number or (every and trainer.steps % every == 0):
                     keep()
                 if stop.number:
                     raise Interrupted(stop.number)
 
             def on_epoch(epoch: int, mean: Log) -> None:
+                if board is not None:
+                    board.on_epoch(epoch, mean)
                 numbers = {"step": trainer.steps, "epoch": epoch, "cross_entropy": float(mean.cross_entropy)}
                 if len(self.valid_labels):
                     scores = self._validate()

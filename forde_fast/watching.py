@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import time
@@ -11,8 +12,10 @@ import torch
 
 from forde_fast.files import write
 from forde_fast.trainer import Log, Trainer
+from forde_fast.validation import expect
 
 FLUSH_EVERY = 50  # steps: reading a step's numbers at once would wait for the device
+SUMMARY_EVERY = 10  # steps
 SHOW_EVERY = 0.2  # seconds, for the same reason
 
 
@@ -113,3 +116,41 @@ class Progress:
 
     def __exit__(self, *exception) -> None:
         self._bar.stop()
+
+
+class TensorBoard:
+    """Scalars of every SUMMARY_EVERY-th step and of every epoch, for TensorBoard (the extra `tensorboard`).
+
+    with TensorBoard("runs/board", trainer) as board:
+        trainer.fit(loader, epochs, on_step=board.on_step, on_epoch=board.on_epoch)
+    """
+
+    def __init__(self, folder: str | Path, trainer: Trainer):
+        check_tensorboard()
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.trainer = trainer
+        self._writer = SummaryWriter(str(folder), purge_step=trainer.steps + 1 if trainer.steps else None)
+
+    def on_step(self, epoch: int, log: Log) -> None:
+        if self.trainer.steps % SUMMARY_EVERY == 0:
+            self._add("step", log)
+
+    def on_epoch(self, epoch: int, mean: Log) -> None:
+        self._add("epoch", mean)
+
+    def _add(self, group: str, log: Log) -> None:
+        for name, value in zip(Log._fields, torch.stack(log).tolist(), strict=True):
+            self._writer.add_scalar(f"{group}/{name}", value, self.trainer.steps)
+
+    def __enter__(self) -> TensorBoard:
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._writer.close()
+
+
+def check_tensorboard() -> None:
+    """Raise ValueError where the package tensorboard is not installed."""
+    there = importlib.util.find_spec("tensorboard") is not None
+    expect(there, "tensorboard", "the package, from pip install 'forde-fast[tensorboard]'", "none installed")
