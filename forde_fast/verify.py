@@ -16,7 +16,7 @@ SPREADS = {
     "0.1": ("spread 1e-1",),
     "0.01": ("spread 1e-2",),
     "0.001": ("spread 1e-3",),
-    "clusters": ("two clusters",),
+    "sets": ("two clusters",),
     "pair": ("close pair 1e-2", "close pair 1e-4"),
     "twins": ("duplicate", "zeros"),
 }
