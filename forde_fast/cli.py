@@ -305,7 +305,7 @@ def _table(title: str, head, rows) -> None:
         table.add_column(name, justify="left" if index == 0 else "right", no_wrap=True)
     for row in rows:
         table.add_row(*row)
-    Console(soft_wrap=True).print(table)
+    Console(soft_wrap=True, width=100).print(table)  # no cell is cut on a terminal of 80 columns
 
 
 if __name__ == "__main__":
