@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from forde_fast import operators, validation
-from forde_fast.lengthscales import Identity
+from forde_fast.lengthscales import PCA, Identity
+from forde_fast.precision import PRECISIONS, matmul
 from forde_fast.rule import Median, check_bandwidth, kernel_rule
 from forde_fast.types import Backend, Repulsion
 from forde_fast.validation import expect
@@ -57,6 +58,7 @@ class ByFactors(NamedTuple):
     normalize: bool
     eps: float
     dtype: torch.dtype  # of the gradient
+    precision: str
     operations: object
 
     alignment = None  # projecting is left to the end
@@ -64,7 +66,7 @@ class ByFactors(NamedTuple):
     def combine(self, c: Tensor, projection: Tensor | None) -> Tensor:
         operations = self.operations
         mixed = operations.combine(self.x, self.x_others, None, self.norm, c, torch.zeros_like(c[:, 0]))
-        mixed = mixed @ self.factor.T
+        mixed = matmul(mixed, self.factor.T, self.precision)
         c = c * self.tail if self.tail else None
         return operations.project(self.particles, mixed, self.others, c, self.normalize, self.eps)
 
@@ -83,6 +85,7 @@ def repulsion(
     eps: float = 1e-24,
     bandwidth: str | Median | float | Tensor = "median",
     backend: str = "auto",
+    precision: str = "tf32",
 ) -> Repulsion:
     """Value and gradient of the kernel repulsion R between particles.
 
@@ -96,6 +99,8 @@ def repulsion(
     bandwidth    h: "median" (see `Median`), another `Median`, or a number or tensor ([], [G] or [N, G])
     backend      "reference", "cpp", "triton", "cuda" (up to 16 particles, without others, at the default bandwidth),
                  or "auto", which alone chooses
+    precision    of PCA's float32 matrix products on CUDA: "tf32", "tf32x3" or "ieee"; they are of differences, so
+                 that tf32 costs 3 digits of the result wherever the particles are
 
     Returns `Repulsion`: value and bandwidth in float32 (float64 for float64), the gradient in the particles'
     dtype. The value is differentiable once with respect to the particles. Sums run in float32 or better; where
@@ -105,16 +110,16 @@ def repulsion(
     are not inspected: that would wait for the device) and RuntimeError, with the reason, for a backend that
     cannot run here. Source: Trinh et al., ICLR 2024, equations 16 and 17 and the published code.
     """
-    name, implementation = _choose(backend, particles, others, lengthscale, eps)
+    name, implementation = _choose(backend, particles, others, lengthscale, eps, precision)
     check_bandwidth(bandwidth, particles if others is None else others)
     if name == "reference":
         _check_finite(particles, others)
         result = implementation.repulsion(particles, lengthscale, others, normalize, eps, bandwidth)
     elif name == "cuda":
         _check_fused(particles, lengthscale, others, bandwidth)
-        result = _fused(implementation, particles, lengthscale, normalize, eps)
+        result = _fused(implementation, particles, lengthscale, normalize, eps, precision)
     else:
-        d, state = _distances(implementation, particles, others, lengthscale, normalize, eps)
+        d, state = _distances(implementation, particles, others, lengthscale, normalize, eps, precision)
         projection = None
         # the fused rule counts on the self-distances: without their exp(0) all of a row may underflow
         if others is None and _is_default(bandwidth):
@@ -139,14 +144,16 @@ def check_backend(backend: str) -> None:
     expect(not reason, "backend", f"one that can run here, not {backend!r}", reason, RuntimeError)
 
 
-def distances(particles, lengthscale=None, *, others=None, normalize=True, eps=1e-24, backend="auto"):
+def distances(
+    particles, lengthscale=None, *, others=None, normalize=True, eps=1e-24, backend="auto", precision="tf32"
+):
     """The first stage of `repulsion`, with its arguments: d [M, N, G], and the state that `combine` takes."""
-    name, implementation = _choose(backend, particles, others, lengthscale, eps)
+    name, implementation = _choose(backend, particles, others, lengthscale, eps, precision)
     if name == "reference":
         _check_finite(particles, others)
         return implementation.distances(particles, lengthscale, others, normalize, eps)
     expect(name != "cuda", "backend", "one with two stages", "'cuda', which has one", RuntimeError)
-    d, state = _distances(implementation, particles, others, lengthscale, normalize, eps)
+    d, state = _distances(implementation, particles, others, lengthscale, normalize, eps, precision)
     _check_finite(particles, others, d.sum())
     return d.to(operators.accumulation_dtype(particles.dtype)), state
 
@@ -164,7 +171,7 @@ def combine(state, c: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _distances(operations, particles, others, lengthscale, normalize, eps):
+def _distances(operations, particles, others, lengthscale, normalize, eps, precision):
     dtype = particles.dtype
     computed = torch.float64 if particles.shape[2] <= EXACT_COLUMNS else dtype
     particles, others = (None if rows is None else rows.detach().to(computed) for rows in (particles, others))
@@ -175,20 +182,23 @@ def _distances(operations, particles, others, lengthscale, normalize, eps):
         if hasattr(lengthscale, "factors"):
             factors = lengthscale.factors(contrasts.dtype, contrasts.device)
             if factors is not None:
-                return _distances_by_factors(operations, particles, others, contrasts, factors, normalize, eps, dtype)
-        product = lengthscale.product(contrasts.flatten(0, 1)).view_as(contrasts)
+                x = matmul(contrasts, factors[0], precision)
+                rest = normalize, eps, dtype, precision
+                return _distances_by_factors(operations, particles, others, x, *factors, *rest)
+        product = _product(lengthscale, contrasts, precision)
     d, alignment, norm = operations.pair_distances(particles, others, product, normalize, eps)
     return d, ByProduct(particles, others, product, norm, alignment, normalize, dtype, operations)
 
 
-def _distances_by_factors(operations, particles, others, contrasts, factors, normalize, eps, dtype):
-    factor, tail = factors
-    x = operations.coordinates(particles, others, contrasts @ factor)
+def _distances_by_factors(operations, particles, others, x, factor, tail, normalize, eps, dtype, precision):
+    x = operations.coordinates(particles, others, x)
     x, x_others = x[: len(particles)], None if others is None else x[len(particles) :]
     d, _, norm = operations.pair_distances(x, x_others, None, False, eps)
     if tail:
         d = d + tail * operations.pair_distances(particles, others, None, normalize, eps)[0]
-    return d, ByFactors(particles, others, x, x_others, norm, factor, tail, normalize, eps, dtype, operations)
+    return d, ByFactors(
+        particles, others, x, x_others, norm, factor, tail, normalize, eps, dtype, precision, operations
+    )
 
 
 @torch.no_grad()
@@ -197,23 +207,24 @@ def _combine(state, c: Tensor, projection: Tensor | None = None) -> Tensor:
 
 
 @torch.no_grad()
-def _fused(operations, particles, lengthscale, normalize, eps):
+def _fused(operations, particles, lengthscale, normalize, eps, precision):
     dtype, wide = particles.dtype, operators.accumulation_dtype(particles.dtype)
     particles = particles.detach().to(torch.float64 if particles.shape[2] <= EXACT_COLUMNS else dtype)
     product = None
     if len(particles) > 1 and not _is_identity(lengthscale):
         contrasts = operations.contrasts(particles, None, normalize, eps)
-        product = lengthscale.product(contrasts.flatten(0, 1)).view_as(contrasts)
+        product = _product(lengthscale, contrasts, precision)
     log_count = Median().log_count(particles[None])
     value, gradient, h, d = operations.fused(particles, product, normalize, eps, log_count)
     return Repulsion(value.to(wide), gradient.to(dtype), h.to(wide), d.to(wide))
 
 
-def _choose(backend: str, particles, others, lengthscale, eps):
+def _choose(backend: str, particles, others, lengthscale, eps, precision):
     """Validate, then the backend's name and the module or namespace that has its operations."""
     check_backend(backend)
     validation.particles_and_others(particles, others, getattr(lengthscale, "dimension", None))
     validation.positive(eps, "eps")
+    validation.one_of(precision, "precision", PRECISIONS)
     if backend == "auto":
         fast = "triton" if particles.is_cuda else "cpp"
         backend = "reference" if operators.UNUSABLE[fast] else fast
@@ -243,6 +254,12 @@ def _check_fused(particles, lengthscale, others, bandwidth) -> None:
     need(_is_default(bandwidth), "the default bandwidth", bandwidth)
     reason = operators.UNUSABLE["triton"]
     need(_is_identity(lengthscale) or not reason, "no lengthscale, as its contrasts are Triton's", reason)
+
+
+def _product(lengthscale, contrasts, precision):
+    rows = contrasts.flatten(0, 1)
+    product = lengthscale.product(rows, precision) if isinstance(lengthscale, PCA) else lengthscale.product(rows)
+    return product.view_as(contrasts)
 
 
 def _is_default(bandwidth) -> bool:

@@ -59,7 +59,7 @@ def _device(backend: str) -> str:
 
 def _precisions(dtype: torch.dtype, device: str) -> list[tuple[str, dict]]:
     """What a dtype is called in the table, and the operation's arguments: one way each to multiply matrices."""
-    return [(str(dtype).removeprefix("torch."), {})]
+    return [(str(dtype).removeprefix("torch."), {"precision": "ieee"} if device == "cuda" else {})]
 
 
 def _empty_row(backend: str, dtype: torch.dtype, precision: str, kind: str) -> dict:

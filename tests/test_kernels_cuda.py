@@ -41,4 +41,4 @@ def test_cuda_graph(call):
         particles.copy_(torch.randn_like(particles))
         graph.replay()
         for part, same in zip(result, call(particles), strict=True):
-            torch.testing.assert_close(part, same, rtol=0, atol=0)
+            torch.testing.assert_close(part, same, rtol=1e-3, atol=1e-5)

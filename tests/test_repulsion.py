@@ -64,7 +64,7 @@ def test_published_code_in_float64(path, backend):
 def test_published_code_in_float32(path, fast):
     golden, pca = load(path)
     particles, eps = golden["input_gradients"].float(), float(golden["eps"])
-    result = ff.repulsion(particles, pca, eps=eps, backend=fast)
+    result = ff.repulsion(particles, pca, eps=eps, backend=fast, precision="ieee")
     plain = reference.repulsion(particles, pca, eps=eps)
     for what, exact in (("value", golden["value"]), ("gradient", golden["grad"])):
         allowed = 2 * relative(getattr(plain, what), exact) + 8 * torch.finfo(F32).eps
@@ -102,7 +102,9 @@ def test_fresh_random_cases(name, shape, kind):
     for case in SOME if large else CASES:
         for dtype in (F32,) if interpreted(name) else (F32, BF16) if large else (F32, F64, BF16):
             scale = lengthscale(kind, shape[2])
-            for what, errors in compare(usable(name), case, shape, dtype, scale, draws, home(name)).items():
+            for what, errors in compare(
+                usable(name), case, shape, dtype, scale, draws, home(name), precision="ieee"
+            ).items():
                 assert errors.within, f"{what} of {case} in {dtype}: {errors}"
 
 
@@ -251,7 +253,7 @@ def test_columns_split_over_threads(fast):
     for scale in (None, thin):
         for normalize in (True, False):
             exact = reference.repulsion(particles.double(), scale, normalize=normalize)
-            result = ff.repulsion(particles, scale, normalize=normalize, backend=fast)
+            result = ff.repulsion(particles, scale, normalize=normalize, backend=fast, precision="ieee")
             assert relative(result.value, exact.value) < 1e-5
             assert relative(result.gradient, exact.gradient) < 1e-5
 

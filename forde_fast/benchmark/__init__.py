@@ -91,7 +91,7 @@ def _prove(name: str, case: Case, particles: Tensor, scale, calls: dict) -> dict
     if reason := unusable(name, case):
         return {"left_out": reason}
     try:
-        call = make_provider(name, particles, scale)
+        call = make_provider(name, particles, scale, case.precision)
         wrong = check(call(), particles, scale)
     except Exception as error:
         reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"

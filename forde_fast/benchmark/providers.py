@@ -47,10 +47,10 @@ def free_bytes(device: str) -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def make_provider(name: str, particles: Tensor, scale) -> Callable[[], Repulsion]:
+def make_provider(name: str, particles: Tensor, scale, precision: str = "ieee") -> Callable[[], Repulsion]:
     """A call that returns value and gradient for these particles."""
     if name not in PLAIN:
-        return lambda: repulsion(particles, scale, backend=name)
+        return lambda: repulsion(particles, scale, backend=name, precision=precision)
     wide = torch.promote_types(particles.dtype, torch.float32)
     ready = copy.copy(scale)
     if isinstance(ready, PCA):  # the basis brought to its dtype once, not in every call

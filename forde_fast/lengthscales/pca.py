@@ -10,6 +10,7 @@ from torch import Tensor
 from forde_fast import validation
 from forde_fast.lengthscales.base import Lengthscale, blended
 from forde_fast.lengthscales.spectrum import spectrum_of
+from forde_fast.precision import matmul
 from forde_fast.validation import expect
 
 
@@ -115,16 +116,14 @@ class PCA(Lengthscale):
             return scaled
         return torch.cat([scaled, (s - rotated @ basis.T) * self.tail**0.5], dim=-1)
 
-    def product(self, s: Tensor) -> Tensor:
+    def product(self, s: Tensor, precision: str = "tf32") -> Tensor:
         """S C: s [R, D] -> [R, D], by one product with C or by two thin ones where these are fewer operations."""
         tensors = self._operands(s.dtype, s.device)
         if len(tensors) == 1:
-            return s @ tensors[0]
+            return matmul(s, tensors[0], precision)
         basis, weights = tensors
-        rotated = (s @ basis).mul_(weights)
-        if self.tail == 0:
-            return rotated @ basis.T
-        return torch.addmm(s, rotated, basis.T, beta=self.tail)
+        product = matmul(matmul(s, basis, precision).mul_(weights), basis.T, precision)
+        return product.add_(s, alpha=self.tail) if self.tail else product
 
     def factors(self, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, float] | None:
         """(F [D, K], tail) with C = F F^T + tail I, made once; None where there is no such F or C is cheaper."""
