@@ -329,7 +329,8 @@ def coordinates(particles, others, product):
     N, K = MI + MJ, product.shape[2]
     x = torch.empty(N, G, K, dtype=product.dtype, device=product.device)
     others = particles if others is None else others
-    constants = {"MI": MI, "MJ": MJ, "KAPPA": _kappa(N), "ROWS": triton.next_power_of_2(N), "FIRST": 32}
+    rows = triton.next_power_of_2(N)
+    constants = {"MI": MI, "MJ": MJ, "KAPPA": _kappa(N), "ROWS": rows, "FIRST": min(32, 2048 // rows)}
     constants |= {"STEPS": triton.cdiv(D, 256), "STEPS_K": triton.cdiv(K, 256), "BLOCK": 256, "num_warps": 4}
     numbers = D, G, K, *_strides(particles, others)
     _launch(_coordinates_kernel, N * G, (particles, others, product, x), numbers, constants)

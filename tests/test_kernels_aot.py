@@ -33,7 +33,7 @@ REGISTERS = {
     "_pair_blocks_kernel": 255,  # two warps, four programs
     "_bandwidth_kernel": 128,
     "_coefficients_kernel": 128,
-    "_coordinates_kernel": 64,
+    "_coordinates_kernel": 128,
     "_project_kernel": 64,
     "_combine_kernel": 128,  # four warps, four programs
     "_combine_blocks_kernel": 128,
