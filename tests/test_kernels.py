@@ -21,7 +21,7 @@ SHAPES = [  # members, others, samples, columns
     (10, None, 1, 3072),  # the published size
     (10, None, 5, 7),
     (17, None, 1, 192),  # blocks of pairs, the last not full
-    (64, None, 1, 7),
+    (34, None, 1, 7),
     (1, 1, 5, 7),  # others: the last member of a rank and one neighbour
     (3, 5, 5, 192),
     (10, 3, 1, 7),
