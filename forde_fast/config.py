@@ -41,7 +41,7 @@ class TrainConfig:
     repulsion_weight: float = 20.0
     score: str = "logit"  # whose input gradient is compared
     backend: str = "auto"
-    strategy: str = "auto"  # how the members are computed; auto tries and takes the fastest
+    strategy: str = "loop"  # how the members are computed; auto takes the fastest, with other last bits each time
     precision: str = "full"  # of the networks' passes; tf32 or bf16
     repulsion_every: int = 1  # steps; with as many times its weight
     epochs: int = 20

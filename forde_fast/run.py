@@ -72,11 +72,12 @@ class Run:
             expect(not self.data.table, "corrupted_dir", "none for a table of features", config.corrupted_dir)
             pixels, classes = tuple(self.images.shape[1:]), len(self.data.classes)
             self.corrupted_files = CorruptedFiles(config.corrupted_dir, pixels, classes)
-        self.ensemble = Ensemble(
+        self._make_ensemble = lambda: Ensemble(
             lambda: models.make(config.model, len(self.data.classes), shape, config.width),
             config.members,
             config.seed,
         ).to(self.device)
+        self.ensemble = self._make_ensemble()
         self.strength = config.repulsion_weight * len(self.images) / min(config.batch_size, len(self.images))
 
     def prepare(self, resume: bool = False) -> None:
@@ -124,13 +125,15 @@ class Run:
         with StopSignals() as stop:
             seconds += self._fit(trainer, loader, stop, seconds, progress)
             save_ensemble(self.folder / "checkpoint.safetensors", self.ensemble)
+            self.ensemble = self._make_ensemble()  # what is scored is what was kept, in plain layers
+            load_ensemble(self.folder / "checkpoint.safetensors", self.ensemble)
             metrics = {"method": self.config.method, "strength": self.strength, "seconds": seconds}
             metrics["strategy"] = trainer.strategy_report
             metrics["members_x_images_per_second"] = trainer.steps * self.config.members * loader.batch_size / seconds
             metrics |= self.evaluate()
             self._draw()
             write(self.folder / "metrics.json", json.dumps(metrics, indent=1).encode())
-        shutil.rmtree(self.checkpoints.folder)
+        shutil.rmtree(self.checkpoints.folder, ignore_errors=True)
         return metrics
 
     def _trainer_and_loader(self) -> tuple[Trainer, Loader]:
@@ -188,10 +191,11 @@ class Run:
                     numbers |= {f"validation_{name}": scores[name] for name in METRICS}
                 append_line(self.folder / "epochs.jsonl", numbers)
                 keep()
+                if stop.number:
+                    raise Interrupted(stop.number)
 
-            keep_lines(
-                self.folder / "epochs.jsonl", trainer.steps if trainer.position.batch == 0 else trainer.steps - 1
-            )
+            whole = trainer.position.batch == 0  # else the epoch's line, if there is one, comes again
+            keep_lines(self.folder / "epochs.jsonl", trainer.steps - (not whole))
             stop.waits = True
             trainer.fit(loader, self.config.epochs, on_step=on_step, on_epoch=on_epoch)
             stop.waits = False

@@ -25,7 +25,7 @@ run.Run._draw = lambda self: None  # the figures take longer than all the rest, 
 run.Run.evaluate = lambda self: {}
 DATA = run.load("digits")
 run.load = lambda *arguments: DATA
-SETTINGS = {"data": "digits", "members": 2, "epochs": 6, "width": 8, "train_size": 256, "batch_size": 32}
+SETTINGS = {"data": "digits", "members": 2, "epochs": 4, "width": 8, "train_size": 256, "batch_size": 32}
 
 
 def start(folder: Path, resume: bool) -> int:

@@ -293,7 +293,7 @@ def test_thirty_runs_killed_at_random_moments_end_as_one_that_was_not(tmp_path):
     script = Path(__file__).with_name("kill_runs.py")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, script, tmp_path, "30"], env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, script, tmp_path, "30"], env=environment, capture_output=True, text=True, timeout=900
     )
     assert done.returncode == 0, done.stdout + done.stderr
     killed, steps = json.loads(done.stdout)
