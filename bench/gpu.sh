@@ -33,7 +33,7 @@ else
   tests=(--collect-only)
   cifar=(--shapes 3x4x64 --rounds 2)
   others=(--shapes digits --lengthscales identity --providers reference,cpp --rounds 2)
-  step=(--rounds 1)
+  step=(--rounds 1 --cases cnn-digits --providers plain-de,de,plain-forde,forde)
 fi
 part install 120 "$python" "${install[@]}"
 part info 20 "$python" -m forde_fast info
