@@ -61,9 +61,10 @@ class BatchNorm:
         if self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
             momentum = 1 / float(self.num_batches_tracked) if momentum is None else momentum
+        momentum = momentum or 0.0
         mean, _, share, variance = statistics
         for running, now in ((self.running_mean, mean), (self.running_var, variance / (1 - share))):
-            running.lerp_(now.to(running.dtype), momentum or 0.0)
+            running.mul_(1 - momentum).add_(momentum * now.to(running.dtype))
 
 
 class FastBatchNorm1d(BatchNorm, nn.BatchNorm1d):

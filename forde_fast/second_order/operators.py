@@ -5,6 +5,8 @@ import torch
 
 from forde_fast import operators
 
+OPERATIONS = ("statistics", "forward", "backward_sums", "backward", "double_sums", "double_backward")
+
 library = torch.library.Library("forde_fast", "FRAGMENT")
 _LAYER = "Tensor statistics, Tensor? weight, Tensor? bias, bool relu"
 
@@ -42,6 +44,12 @@ def _(u, u_residual, v, g, x, *rest):
 
 
 # device type -> types of x that its kernels take
-TYPES: dict[str, tuple[torch.dtype, ...]] = {
-    "cpu": () if operators.UNUSABLE["cpp"] else (torch.float32, torch.float64)
-}
+TYPES: dict[str, tuple[torch.dtype, ...]] = {}
+if not operators.UNUSABLE["cpp"]:
+    TYPES["cpu"] = (torch.float32, torch.float64)
+if torch.cuda.is_available() and not operators.UNUSABLE["triton"]:
+    from forde_fast.kernels import second_order as kernels
+
+    for name in OPERATIONS:
+        library.impl(f"norm_{name}", getattr(kernels, f"norm_{name}"), "CUDA")
+    TYPES["cuda"] = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
