@@ -15,7 +15,7 @@ from forde_fast.kernels import second_order as kernels
 from forde_fast.second_order import reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SHAPES = [(5, 3), (70, 40), (3, 5, 2, 3), (2, 33, 4, 9)]  # one tile cut short, several tiles, planes, both
+SHAPES = [(5, 3), (70, 40), (3, 5, 2, 3), (2, 6, 4, 9)]  # one tile cut short, several tiles, planes, both
 COMBINATIONS = [(False, False, False), (True, False, True), (True, True, False), (False, True, True)]
 
 
