@@ -187,6 +187,8 @@ class Convolution(Function):
 
 def _gradient(g, x, weight, how, which: int) -> Tensor:
     mask = [which == k for k in range(3)]
+    if which == 1 and not x.is_cuda and x.shape[1] >= 256:  # where oneDNN is faster in the plain layout (44 to 26 ms)
+        g, x = g.contiguous(), x.contiguous()
     return torch.ops.aten.convolution_backward(_safe(g, how), _safe(x, how), weight, None, *how, mask)[which]
 
 
