@@ -43,8 +43,8 @@ def choose(
     """
     reasons: list[str] = []
     candidates = {"loop": Choice(replace(strategy, kind="loop"), accelerate or None)}
-    repels = objective.repels(len(ensemble))
-    for name in {"auto": ("stacked", "streams") if repels else ()}.get(kind, (kind,)):
+    tried = () if not objective.repels(len(ensemble)) else ("stacked", "streams") if x.is_cuda else ("stacked",)
+    for name in tried if kind == "auto" else (kind,):
         possible = Choice(replace(strategy, kind=name), name != "stacked" if accelerate else None)
         _layers(ensemble, possible)
         reason = why_not(possible.strategy, ensemble, objective, x, y)
