@@ -17,6 +17,7 @@ struct Sample {
   const void* const* values;  // [N] -> [D] of the input type
   const void* const* product; // [N-1] -> [D] of the computing type: contrasts times C; null: C is the identity
   const double* norm;         // [N], sqrt(|p|^2 + eps), or 1
+  const void* const* ahead;   // [N], the rows of the sample that is read next, or null
 };
 
 struct Kernels {

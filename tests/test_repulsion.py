@@ -298,3 +298,38 @@ def test_threads_change_nothing():
         torch.set_num_threads(before)
     for result in results[1:]:
         assert all(torch.equal(part, same) for part, same in zip(result, results[0], strict=True))
+
+
+@pytest.fixture(params=["portable", "avx2", "avx512"])
+def capability(request):
+    """Every instruction set that this machine can run, not the widest alone."""
+    usable("cpp")
+    from forde_fast import _C
+
+    widest = _C.cpu_capability()
+    try:
+        _C.use_cpu_capability(request.param)
+    except ValueError as error:
+        pytest.skip(str(error))
+    yield request.param
+    _C.use_cpu_capability(widest)
+
+
+def test_every_instruction_set(capability):
+    """Blocks of pairs and rows with every remainder, the end of a tile, all lengthscales and types."""
+    for shape in ((2, 2, 300), (6, 3, 517), (9, 1, 300), (11, 2, 264)):
+        for kind in ("identity", "pca", "low rank"):
+            for dtype in (F32, BF16):
+                for case in ("random", "close pair 1e-2", "duplicate"):
+                    for what, errors in compare("cpp", case, shape, dtype, lengthscale(kind, shape[2])).items():
+                        assert errors.within, f"{what} of {case} at {shape} in {dtype}: {errors}"
+
+
+def test_pairs_with_others_on_every_instruction_set(capability):
+    for moving, repelling in ((1, 5), (4, 3), (5, 8), (7, 1)):
+        particles, others = torch.randn(moving, 3, 77, dtype=F64), torch.randn(repelling, 3, 77, dtype=F64)
+        for kind in ("identity", "pca", "low rank"):
+            exact = reference.repulsion(particles, lengthscale(kind, 77), others)
+            result = ff.repulsion(particles, lengthscale(kind, 77), others=others, backend="cpp")
+            for part, same in zip(result, exact, strict=True):
+                assert torch.allclose(part, same, rtol=1e-10, atol=1e-14)

@@ -170,3 +170,23 @@ def test_others_so_far_away_that_every_kernel_value_underflows():
             result = ff.repulsion(x, others=others, normalize=False, bandwidth=rule, backend=backend)
             assert torch.allclose(result.value, exact.value, rtol=1e-10)
             assert torch.allclose(result.gradient, exact.gradient, rtol=1e-8)
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 3), (2, 2, 16), (10, 10, 37), (5, 3, 17), (33, 4, 18), (40, 40, 2)], ids=str
+)
+@pytest.mark.parametrize("dtype", [torch.float32, F64], ids=str)
+def test_fused_median_rule(shape, dtype):
+    """Few rows are sorted, many selected from; groups that fill the lanes and that do not."""
+    if not ff.available_backends()["cpp"]:
+        pytest.skip("waits for the cpp backend")
+    d, alignment = distances(*shape).to(dtype), torch.randn(shape).to(dtype)
+    log_count = ff.Median().log_count(d)
+    value, c, h, projection = torch.ops.forde_fast.median_rule(d, alignment, log_count)
+    exact = kernel_rule(d.double())
+    for part, wide in zip((value, c, h), exact, strict=True):
+        assert torch.allclose(part.double(), wide, rtol=4 * torch.finfo(dtype).eps, atol=1e-15)
+    assert torch.allclose(projection, (c * alignment).sum(1), rtol=1e-5, atol=1e-6)
+    assert (torch.ops.forde_fast.median_rule(d, None, log_count)[3] == 0).all()
+    d[0, 0, 0] = float("inf")
+    assert torch.ops.forde_fast.median_rule(d, alignment, log_count)[0].isnan()

@@ -1,4 +1,4 @@
-// The three operations on CPU tensors: checks, memory and threads around the kernels of repulsion.h.
+// The operations on CPU tensors: checks, memory and threads around the kernels of repulsion.h.
 // Their schemas are defined in forde_fast/operators.py.
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
@@ -10,6 +10,8 @@
 
 #include <cmath>
 #include <cstring>
+#include <stdexcept>
+#include <string>
 #include <tuple>
 #include <vector>
 
@@ -27,9 +29,8 @@ const Kernels& kernels_for(at::ScalarType type) {
                       : type == at::kBFloat16 ? Input::kBFloat16
                                               : Input::kFloat64;
 #if defined(__x86_64__)
-  static const Capability here = capability();
-  if (here == Capability::kAvx512) return avx512_kernels(input);
-  if (here == Capability::kAvx2) return avx2_kernels(input);
+  if (capability() == Capability::kAvx512) return avx512_kernels(input);
+  if (capability() == Capability::kAvx2) return avx2_kernels(input);
 #endif
   return portable_kernels(input);
 }
@@ -70,23 +71,29 @@ struct Rows {
 
   // Pointers to the rows of sample g; `at` also takes the norms.
   struct Pointers {
-    std::vector<const void*> values, product;
+    std::vector<const void*> values, product, ahead;
   };
 
-  Sample sample(int64_t g, const double* norm, Pointers& to) const {
-    to.values.resize(rows);
-    const auto size = particles.element_size();
+  std::vector<const void*> values(int64_t g) const {
+    std::vector<const void*> to(rows);
     for (int64_t n = 0; n < rows; ++n) {
       const Tensor& source = n < moving ? particles : others;
       const int64_t row = n < moving ? n : n - moving;
-      to.values[n] = static_cast<const char*>(source.const_data_ptr()) + (row * source.stride(0) + g * source.stride(1)) * size;
+      to[n] = static_cast<const char*>(source.const_data_ptr()) + (row * source.stride(0) + g * source.stride(1)) * source.element_size();
     }
+    return to;
+  }
+
+  // g; `next`, where it is not negative, is the sample whose norms are found after it
+  Sample sample(int64_t g, const double* norm, Pointers& to, int64_t next = -1) const {
+    to.values = values(g);
+    if (next >= 0) to.ahead = values(next);
     if (product.defined()) {
       to.product.resize(rows - 1);
       for (int64_t n = 0; n + 1 < rows; ++n)
         to.product[n] = static_cast<const char*>(product.const_data_ptr()) + (n * groups + g) * columns * product.element_size();
     }
-    return {rows, moving, to.values.data(), product.defined() ? to.product.data() : nullptr, norm};
+    return {rows, moving, to.values.data(), product.defined() ? to.product.data() : nullptr, norm, next >= 0 ? to.ahead.data() : nullptr};
   }
 
   // Few samples are split into ranges of columns, so that all threads have work; a range is whole tiles.
@@ -98,12 +105,12 @@ struct Rows {
   static constexpr int64_t kColumns = 512;  // a multiple of every kernel's tile
 
   template <class F>
-  void each(int64_t splits, const F& f) const {  // f(g, split, begin, end)
+  void each(int64_t splits, const F& f) const {  // f(g, split, begin, end, the sample after g or -1)
     const int64_t step = ((columns + splits - 1) / splits + kColumns - 1) / kColumns * kColumns;
     at::parallel_for(0, groups * splits, 1, [&](int64_t from, int64_t to) {
       for (int64_t item = from; item < to; ++item) {
         const int64_t g = item / splits, split = item % splits;
-        f(g, split, std::min(columns, split * step), std::min(columns, (split + 1) * step));
+        f(g, split, std::min(columns, split * step), std::min(columns, (split + 1) * step), splits == 1 && g + 1 < to ? g + 1 : -1);
       }
     });
   }
@@ -126,7 +133,7 @@ struct Norms {
   Norms(const Rows& rows, int64_t splits, bool normalize, double eps) : rows(rows), normalize(normalize), eps(eps) {
     if (splits == 1 || !normalize) return;
     std::vector<double> partial(rows.groups * splits * rows.rows);
-    rows.each(splits, [&](int64_t g, int64_t split, int64_t begin, int64_t end) {
+    rows.each(splits, [&](int64_t g, int64_t split, int64_t begin, int64_t end, int64_t) {
       Rows::Pointers pointers;
       rows.kernels.squares(rows.sample(g, nullptr, pointers), begin, end, &partial[(g * splits + split) * rows.rows]);
     });
@@ -154,13 +161,13 @@ Tensor contrasts(const Tensor& particles, const OptionalTensor& others, bool nor
   Tensor z = at::empty({rows.rows - 1, rows.groups, rows.columns}, particles.options().dtype(computing_type(particles)));
   const int64_t splits = rows.splits(), bytes = rows.columns * z.element_size();
   const Norms norms(rows, splits, normalize, eps);
-  rows.each(splits, [&](int64_t g, int64_t, int64_t begin, int64_t end) {
+  rows.each(splits, [&](int64_t g, int64_t, int64_t begin, int64_t end, int64_t next) {
     Rows::Pointers pointers;
     const auto norm = norms.of(g);
     std::vector<void*> out(rows.rows - 1);
     for (int64_t n = 0; n + 1 < rows.rows; ++n)
       out[n] = static_cast<char*>(z.mutable_data_ptr()) + (n * rows.groups + g) * bytes;
-    rows.kernels.contrasts(rows.sample(g, norm.data(), pointers), begin, end, out.data());
+    rows.kernels.contrasts(rows.sample(g, norm.data(), pointers, normalize ? next : -1), begin, end, out.data());
   });
   return z;
 }
@@ -195,14 +202,14 @@ std::tuple<Tensor, Tensor, Tensor> pair_distances(const Tensor& particles, const
       for (int64_t n = 0; n < rows.rows; ++n) finite &= bool(std::isfinite(norm_data[n * rows.groups + g]));
       store_pairs(rows, g, sum, sum + pairs, finite, distances.mutable_data_ptr<scalar_t>(), alignment.mutable_data_ptr<scalar_t>());
     };
-    rows.each(splits, [&](int64_t g, int64_t split, int64_t begin, int64_t end) {
+    rows.each(splits, [&](int64_t g, int64_t split, int64_t begin, int64_t end, int64_t next) {
       Rows::Pointers pointers;
       const auto own = norms.of(g);
       if (split == 0)
         for (int64_t n = 0; n < rows.rows; ++n) norm_data[n * rows.groups + g] = scalar_t(own[n]);
       std::vector<double> whole(splits == 1 ? sums : 0);
       double* sum = splits == 1 ? whole.data() : &partial[(g * splits + split) * sums];
-      rows.kernels.pairs(rows.sample(g, own.data(), pointers), begin, end, sum, sum + pairs);
+      rows.kernels.pairs(rows.sample(g, own.data(), pointers, normalize ? next : -1), begin, end, sum, sum + pairs);
       if (splits == 1) store(g, sum);
     });
     for (int64_t g = 0; splits > 1 && g < rows.groups; ++g) {
@@ -241,7 +248,7 @@ Tensor combine(const Tensor& particles, const OptionalTensor& others, const Opti
   Tensor gradient = at::empty({rows.moving, rows.groups, rows.columns}, particles.options());
   const int64_t bytes = rows.columns * gradient.element_size();
   const bool past_caches = int64_t(gradient.nbytes()) > kCached;
-  rows.each(rows.splits(), [&](int64_t g, int64_t, int64_t begin, int64_t end) {
+  rows.each(rows.splits(), [&](int64_t g, int64_t, int64_t begin, int64_t end, int64_t) {
     Rows::Pointers pointers;
     const auto r = of_sample(norms, g), c_g = of_sample(c, g), t_g = of_sample(t, g);
     std::vector<void*> out(rows.moving);
@@ -314,7 +321,7 @@ Tensor project(const Tensor& particles, const Tensor& mixed, const OptionalTenso
     if (measure && normalize) rows.kernels.along(sample, begin, end, in.data(), weights, measure);
     if (t) rows.kernels.combine(sample, begin, end, in.data(), weights, t, out.data(), past_caches);
   };
-  rows.each(splits, [&](int64_t g, int64_t split, int64_t begin, int64_t end) {
+  rows.each(splits, [&](int64_t g, int64_t split, int64_t begin, int64_t end, int64_t) {
     double* t = &partial[(g * splits + split) * rows.moving];
     work(g, begin, end, t, splits == 1 ? t : nullptr);
   });
@@ -322,7 +329,7 @@ Tensor project(const Tensor& particles, const Tensor& mixed, const OptionalTenso
   for (int64_t g = 0; g < rows.groups; ++g)
     for (int64_t at = rows.moving; at < splits * rows.moving; ++at)
       partial[g * splits * rows.moving + at % rows.moving] += partial[g * splits * rows.moving + at];
-  rows.each(splits, [&](int64_t g, int64_t, int64_t begin, int64_t end) {
+  rows.each(splits, [&](int64_t g, int64_t, int64_t begin, int64_t end, int64_t) {
     work(g, begin, end, nullptr, &partial[g * splits * rows.moving]);
   });
   return gradient;
@@ -342,8 +349,14 @@ TORCH_LIBRARY_IMPL(forde_fast, CPU, m) {
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "C++ implementations of forde_fast's operations; importing it registers them";
-  m.def("cpu_capability", [] {
-    const char* names[] = {"portable", "avx2", "avx512"};
-    return names[int(forde_fast::capability())];
-  });
+  m.def("cpu_capability", [] { return forde_fast::name_of(forde_fast::capability()); });
+  m.def("use_cpu_capability", [](const std::string& name) {
+    using forde_fast::Capability;
+    for (Capability which : {Capability::kPortable, Capability::kAvx2, Capability::kAvx512})
+      if (name == forde_fast::name_of(which) && forde_fast::runs_here(which)) {
+        forde_fast::capability() = which;
+        return;
+      }
+    throw std::invalid_argument("name: expected portable, avx2 or avx512, as this machine can run, got " + name);
+  }, "For tests: the instruction set that the kernels use from now on, in place of the widest.");
 }

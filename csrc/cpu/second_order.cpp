@@ -23,7 +23,7 @@ using OptionalTensor = std::optional<Tensor>;
 const Passes& passes_for(at::ScalarType type) {
   const bool wide = type == at::kDouble;
 #if defined(__x86_64__)
-  static const Capability here = capability();
+  const Capability here = capability();
   if (here == Capability::kAvx512) return avx512_passes(wide);
   if (here == Capability::kAvx2) return avx2_passes(wide);
 #endif
