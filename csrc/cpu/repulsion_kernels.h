@@ -402,7 +402,10 @@ void along(const Sample& sample, int64_t begin, int64_t end, const void* const* 
         for (int64_t a = 0; a < kSize; ++a)
           for (int64_t u = 0; u < M::kUnroll; ++u) total[a][u] += sum[a][u] * mixture.tiles.s_row(i + a)[v + u];
       }
-      for (int64_t a = 0; a < kSize; ++a) t[i + a] += forde_fast::sum<Acc<In>>(total[a][0] + total[a][1]);
+      for (int64_t a = 0; a < kSize; ++a) {
+        for (int64_t u = 1; u < M::kUnroll; ++u) total[a][0] += total[a][u];
+        t[i + a] += forde_fast::sum<Acc<In>>(total[a][0]);
+      }
     });
 }
 
