@@ -81,13 +81,13 @@ def _digits(number: str) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:#.3g}"
 
 
-def rewrite(readme: Path, text: str) -> None:
+def rewrite(readme: Path, text: str, begin: str = BEGIN) -> None:
     """Put the text between the two marks of the file; ValueError where they are not there once each."""
     whole = readme.read_text(encoding="utf-8")
-    block = re.compile(re.escape(BEGIN) + ".*?" + re.escape(END), re.DOTALL)
+    block = re.compile(re.escape(begin) + ".*?" + re.escape(END), re.DOTALL)
     if len(block.findall(whole)) != 1:
-        raise ValueError(f"readme: expected one block from '{BEGIN}' to '{END}', got another number in {readme}")
-    readme.write_text(block.sub(lambda _: f"{BEGIN}\n{text}\n{END}", whole), encoding="utf-8")
+        raise ValueError(f"readme: expected one block from '{begin}' to '{END}', got another number in {readme}")
+    readme.write_text(block.sub(lambda _: f"{begin}\n{text}\n{END}", whole), encoding="utf-8")
 
 
 def draw(cases: dict[tuple, dict], device: str, path: Path):
