@@ -1,6 +1,6 @@
 """What cheaper repulsion saves and what it changes: scores on clean and corrupted images, and the time of a step.
 
-    python bench/lazy.py train [--seeds 5] [--test-size 500] [--out FOLDER]    # rows of FOLDER/lazy.csv
+    python bench/lazy.py train [--seeds 0,1,2,3,4] [--test-size 500] [--out FOLDER]    # rows of FOLDER/lazy.csv
     python bench/lazy.py time [--cases mlp,resnet18] [--rounds 9] [--out FOLDER]    # rows of FOLDER/lazy_step.csv
     python bench/lazy.py table [--out FOLDER] [--page FILE]    # both, between the two marks of FILE
 
@@ -46,9 +46,9 @@ GROUPS = {"clean": "clean", "cifar": "corrupted", "grey": "corrupted, grey prese
 METRICS = ("accuracy", "nll", "ece")
 
 
-def train(seeds: int, test_size: int, out: Path) -> None:
+def train(seeds: list[int], test_size: int, out: Path) -> None:
     made = None
-    for seed in range(seeds):
+    for seed in seeds:
         rows = []
         for name, setting in SETTINGS.items():
             config = TrainConfig(
@@ -151,7 +151,7 @@ def measured_on(rows: list[dict]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("train", "time", "table"))
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seeds", default="0,1,2,3,4")
     parser.add_argument("--test-size", type=int, default=500)
     parser.add_argument("--cases", default=",".join(CASES))
     parser.add_argument("--rounds", type=int, default=9)
@@ -159,7 +159,7 @@ def main() -> int:
     parser.add_argument("--page", type=Path, default=PAGE)
     given = parser.parse_args()
     if given.what == "train":
-        train(given.seeds, given.test_size, given.out)
+        train([int(seed) for seed in given.seeds.split(",")], given.test_size, given.out)
     elif given.what == "time":
         for case in given.cases.split(","):
             measure(case, given.rounds, given.out)
