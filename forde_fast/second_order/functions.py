@@ -9,9 +9,21 @@ import functools
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import Function
 
 from forde_fast.second_order import reference
+
+
+class Lean(Function):
+    """A Function whose arguments have no defaults: torch binds them at every call, which takes as long as a small
+    layer's computation."""
+
+    @classmethod
+    def apply(cls, *arguments):
+        if torch._C._are_functorch_transforms_active():
+            return super().apply(*arguments)
+        return super(Function, cls).apply(*unwrap_dead_wrappers(arguments))
 
 
 def batchable(function: type[Function]) -> type[Function]:
@@ -46,7 +58,7 @@ def alone(sums: Tensor) -> Tensor:
 
 
 @batchable
-class Norm(Function):
+class Norm(Lean):
     """x, weight, bias, residual, mean and variance (None: those of x), ... -> z, statistics [4, C].
 
     reduce  [rows, C] -> [rows, C], adds per-channel sums over ranks, in all three passes
@@ -97,7 +109,7 @@ def _over_ranks(statistics: Tensor, eps: float, reduce) -> Tensor:
 
 
 @batchable
-class NormBackward(Function):
+class NormBackward(Lean):
     """g, ... -> dx, (db, dw) as own [2, C], the same over all ranks, and dresidual where there is a residual."""
 
     @staticmethod
@@ -126,7 +138,7 @@ class NormBackward(Function):
 
 
 @batchable
-class NormDoubleBackward(Function):
+class NormDoubleBackward(Lean):
     """u, v [2, C], u_residual: cotangents of NormBackward's results -> those of its g, x and weight.
 
     A Function for its rule under vmap.
@@ -153,7 +165,7 @@ class NormDoubleBackward(Function):
         raise RuntimeError("a batch normalisation here is differentiable twice, a third derivative was asked for")
 
 
-class Convolution(Function):
+class Convolution(Lean):
     """aten.convolution of x and weight; `how` its stride, padding, dilation, transposed, output_padding and groups.
 
     It and its two gradients, each linear in both of its inputs, are one another's gradients: no pass has a batch as
@@ -200,7 +212,7 @@ def _safe(x: Tensor, how) -> Tensor:
     return x.reshape(-1).view(x.shape) if narrow else x
 
 
-class ConvolutionInput(Function):
+class ConvolutionInput(Lean):
     """g, weight -> the gradient of x, of which only the shape and layout are read."""
 
     @staticmethod
@@ -227,7 +239,7 @@ class ConvolutionInput(Function):
         return torch.vmap(ConvolutionInput.forward, in_dims)(*arguments), 0
 
 
-class ConvolutionWeight(Function):
+class ConvolutionWeight(Lean):
     """g, x -> the gradient of the weight, of which only the shape is read."""
 
     @staticmethod

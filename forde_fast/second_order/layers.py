@@ -64,7 +64,7 @@ class BatchNorm:
         momentum = momentum or 0.0
         mean, _, share, variance = statistics
         for running, now in ((self.running_mean, mean), (self.running_var, variance / (1 - share))):
-            running.mul_(1 - momentum).add_(momentum * now.to(running.dtype))
+            running.lerp_(now.to(running.dtype), momentum)
 
 
 class FastBatchNorm1d(BatchNorm, nn.BatchNorm1d):
