@@ -13,11 +13,15 @@ from torch import Tensor
 
 from forde_fast import second_order
 from forde_fast.ensemble import Ensemble, evaluation_mode
+from forde_fast.methods import Method
 from forde_fast.step import Objective, gradient
 from forde_fast.strategies import Graphs, Strategy, alike, random_state, set_random_state
 
 ROUNDS = 3  # of measurement, after one that warms up
 WORTH = 0.9  # what is not faster than a loop by this factor is not worth another order of rounding
+# parameters of a member up to which stacking is tried without repulsion: a loop keeps one member's graph there,
+# stacked ones keep all, and stacked ResNets (from 0.7 million parameters on) were never the faster ones
+SMALL = 1 << 19
 
 _measured: dict[tuple, dict[str, float]] = {}  # so that equal trainers in one process are computed alike
 
@@ -37,13 +41,18 @@ def choose(
     memory. accelerate: whether the caller gave the members fast layers, which may then be swapped. The ensemble's
     numbers and torch's generators stay as they are; its layers are left as chosen.
 
-    "auto" keeps to a loop where there is no repulsion, as plain training loops are, and where members draw random
+    "auto" keeps to a loop for one member, for larger members without repulsion, and where members draw random
     numbers, so that a seed gives the same masks whatever is fastest. Stacked members have PyTorch's own layers, and
     "auto" tries them in the loop too: in a small network the fast ones do not pay.
     """
     reasons: list[str] = []
+    repels = objective.repels(len(ensemble))
+    if not repels:  # whatever it is without its weight, it is computed as the deep ensemble is
+        objective = Objective(Method(None), loss=objective.loss)
     candidates = {"loop": Choice(replace(strategy, kind="loop"), accelerate or None)}
-    tried = () if not objective.repels(len(ensemble)) else ("stacked", "streams") if x.is_cuda else ("stacked",)
+    tried = ("stacked", "streams") if x.is_cuda else ("stacked",)
+    if len(ensemble) == 1 or not (repels or max(ensemble.sizes) <= SMALL):
+        tried = ()
     for name in tried if kind == "auto" else (kind,):
         possible = Choice(replace(strategy, kind=name), name != "stacked" if accelerate else None)
         _layers(ensemble, possible)
@@ -72,8 +81,7 @@ def choose(
 
 
 def _fastest(candidates: dict[str, Choice], ensemble, objective, x, y) -> tuple[str, str]:
-    repelled = objective.method if objective.repels(len(ensemble)) else None
-    key = (tuple(candidates.items()), repr(ensemble), x.shape, x.dtype, x.device, repelled, objective.loss,
+    key = (tuple(candidates.items()), repr(ensemble), x.shape, x.dtype, x.device, objective.method, objective.loss,
            objective.backend, type(objective.lengthscale), objective.repulsion_samples)  # fmt: skip
     if key not in _measured:
         _measured[key] = _measure(dict(candidates), ensemble, objective, x, y)

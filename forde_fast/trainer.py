@@ -58,10 +58,10 @@ class Trainer:
     accelerate        swap in layers with a fast second-order pass (see `forde_fast.accelerate`, whose report is
                       `acceleration`) where anything repels; False: leave the ensemble's layers as they are
     strategy          how the members are computed: "loop", "stacked" or "streams" (see `Strategy`), or "auto", which
-                      tries a few steps of each at the first batch and takes the fastest; it is a loop where there
-                      is no repulsion or members draw random numbers. They differ in rounding, so that "auto" may
-                      give other last bits on another day. After the first step `strategy` is what is used,
-                      `strategy_report` says why
+                      tries a few steps of each at the first batch and takes the fastest; it is a loop for larger
+                      members without repulsion and where members draw random numbers. They differ in rounding, so
+                      that "auto" may give other last bits on another day. After the first step `strategy` is what is
+                      used, `strategy_report` says why
     members_at_a_time, precision   of `Strategy`: less memory; "tf32" or "bf16" products
     repulsion_every   k: the repulsion acts at every k-th step only, with k times its weight. The log keeps what it
                       last saw of it

@@ -242,6 +242,23 @@ def test_auto_leaves_everything_as_it_was_and_takes_the_fastest(monkeypatch, dro
     assert torch.equal(torch.rand(3), wanted)
 
 
+def test_auto_without_repulsion_is_the_deep_ensemble_and_stacks_small_members(monkeypatch):
+    monkeypatch.setattr(choice, "_measured", {})
+    monkeypatch.setattr(choice, "_measure", lambda candidates, *_: {n: 1.0 + (n == "loop") for n in candidates})
+    (x, y), ensemble = batch(), ff.Ensemble(net, 3)
+    weightless = {"repulsion_weight": 0.0, "lengthscale": ff.Identity(), "eps": 1e-6}
+    trainers = [ff.Trainer(copy.deepcopy(ensemble), **own, strategy="auto") for own in ({"method": "de"}, weightless)]
+    for trainer in trainers:
+        trainer.step(x, y)
+    assert [trainer.strategy for trainer in trainers] == ["stacked", "stacked"]
+    assert len(choice._measured) == 1
+    assert torch.equal(trainers[0].ensemble.flat, trainers[1].ensemble.flat)
+    deep = Objective(ff.Method(None))
+    assert choice.choose("auto", LOOP, ff.Ensemble(net, 1), deep, x, y, accelerate=False).strategy == LOOP
+    monkeypatch.setattr(choice, "SMALL", 10)
+    assert choice.choose("auto", LOOP, ensemble, deep, x, y, accelerate=False).strategy == LOOP
+
+
 def test_members_in_other_modes_are_not_stacked():
     ensemble, (x, y) = ff.Ensemble(net, 3).double(), batch(6, F64)
     ensemble.member(1)[2].eval()
