@@ -38,7 +38,7 @@ fi
 part install 120 "$python" "${install[@]}"
 part info 20 "$python" -m forde_fast info
 part verify 60 "$python" -m forde_fast verify
-part tests 120 "$python" -m pytest -q "${tests[@]}" -k "(kernels or triton or cuda or second_order) and not (aot or build)" tests
+part tests 120 "$python" -m pytest -q "${tests[@]}" -k "(kernels or triton or cuda or second_order or graph or precision) and not (aot or build)" tests
 part operation 80 "$python" bench/repulsion.py --device "$device" --out "$out" "${cifar[@]}"
 part operation_sizes 70 "$python" bench/repulsion.py --device "$device" --out "$out" "${others[@]}"
 part step 55 "$python" bench/step.py --device "$device" --out "$out" "${step[@]}"

@@ -5,24 +5,31 @@ of exact FoRDE, which is 2 x the faster of our own and the plain deep-ensemble s
                          [--precision bf16] [--parts] [--out FOLDER]
 
 Providers take turns in one process. `lazy` is the mean over four steps with repulsion_every=4; `compiled-de` is the
-plain deep-ensemble step through torch.compile (a plain FoRDE step cannot be compiled: it differentiates twice). The
-memory is what one step needs beyond what is held before it.
+plain deep-ensemble step through torch.compile (a plain FoRDE step cannot be compiled: it differentiates twice);
+`de-graph` and `graph` are `de` and `forde` as CUDA graphs. The memory is what one step needs beyond what is held
+before it. On a GPU, `of_peak` is the speed of 3 forward passes a sample, or 6 with repulsion, as a share of a large
+matrix product's.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
+import math
 import sys
 import time
 
 import torch
 from timing import RESULTS, append, interleaved, quantiles, ratio
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 import forde_fast as ff
 from forde_fast import models, reference
 from forde_fast import step as core
+from forde_fast.precision import products_in
 from forde_fast.strategies import Graphs
+from forde_fast.timing import seconds
 
 CASES = {  # model, width, members, batch, input
     "mlp": ("mlp", 128, 10, 128, (1, 28, 28)),
@@ -36,8 +43,9 @@ CASES = {  # model, width, members, batch, input
     "resnet18-64-1": ("resnet18", 64, 1, 128, (3, 32, 32)),
 }
 SHORT = {"cpu": "mlp,cnn,cnn-digits,resnet18-16", "cuda": "mlp,resnet18-64-10"}  # a default run: 3 minutes, 1 minute
+GRAPHS = ("de-graph", "graph")  # of a default run on a GPU
 PROVIDERS = ("plain-de", "de", "plain-forde", "forde", "stacked", "auto", "lazy")
-OPTIONAL = ("compiled-de", "plain-layers", "one-at-a-time", "streams")
+OPTIONAL = ("compiled-de", "plain-layers", "one-at-a-time", "streams", *GRAPHS)
 
 
 def plain_step(members, optimizer, x, y, repulsive):
@@ -79,6 +87,8 @@ def steps(build, members, x, y, names, precision):
         "lazy": {"repulsion_every": 4},
         "one-at-a-time": {"members_at_a_time": 1},
         "plain-layers": {"accelerate": False},
+        "de-graph": {"method": "de", "cuda_graph": True},
+        "graph": {"cuda_graph": True},
     }
     calls, trainers = {}, {}
     for name in names:
@@ -93,7 +103,25 @@ def steps(build, members, x, y, names, precision):
             trainers[name] = trainer = ff.Trainer(own, lr=0.01, precision=precision, **options[name])
             count = 4 if name == "lazy" else 1
             calls[name] = lambda trainer=trainer, count=count: [trainer.step(x, y) for _ in range(count)]
+            for _ in range(21 if name in GRAPHS and x.is_cuda else 0):  # until every kind of step is recorded
+                trainer.step(x, y)
     return calls, trainers
+
+
+@torch.no_grad()
+def forward_flop(model, x) -> int:
+    """Of the products of one forward pass, per sample."""
+    with FlopCounterMode(display=False) as counter:
+        model(x[:2])
+    return counter.get_total_flops() // 2
+
+
+@functools.cache
+def peak_flop(precision: str) -> float:
+    """FLOP per second of a large matrix product on the GPU: the best of some."""
+    a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
+    with products_in("tf32" if precision == "tf32" else "ieee"):
+        return 2 * 8192**3 / min(seconds(lambda: a @ a, "cuda") for _ in range(9))
 
 
 def peak_megabytes(call, device: str) -> float:
@@ -152,6 +180,7 @@ def measure(case: str, names, given) -> list[dict]:
     x, y = torch.randn(batch, *shape, device=given.device), torch.randint(10, (batch,), device=given.device)
     names = [name for name in names if model != "resnet18" or name not in ("stacked", "auto")]  # all graphs at once
     calls, trainers = steps(lambda: models.make(model, 10, shape, width), members, x, y, names, given.precision)
+    flop = forward_flop(models.make(model, 10, shape, width).to(given.device), x)
     times = interleaved(calls, given.rounds, given.device)
     if "lazy" in times:
         times["lazy"] = [t / 4 for t in times["lazy"]]
@@ -162,7 +191,14 @@ def measure(case: str, names, given) -> list[dict]:
         low, ms, high = (round(1e3 * t, 3) for t in quantiles(times[name]))
         row = {"provider": name, "model": model, "width": width, "M": members, "B": batch, "D": x[0].numel(),
                "precision": given.precision, "ms_20": low, "ms": ms, "ms_80": high}  # fmt: skip
-        row["peak_mb"] = round(peak_megabytes(calls[name], given.device), 1)
+        if name in GRAPHS and given.device == "cuda":  # memory that stays the graphs'
+            row["peak_mb"] = math.nan
+        else:
+            row["peak_mb"] = round(peak_megabytes(calls[name], given.device), 1)
+        if given.device == "cuda":
+            plain = members == 1 or name in ("plain-de", "compiled-de", "de", "de-graph")
+            passes = 3 if plain else 3.75 if name == "lazy" else 6
+            row["of_peak"] = round(passes * flop * members * batch / row["ms"] * 1e3 / peak_flop(given.precision), 3)
         if floor:
             row["over_floor"] = round(ratio(times[name], floor), 3)
             row["over_de"] = round(2 * row["over_floor"], 3)
@@ -184,7 +220,8 @@ def main() -> int:
         for row in rows:
             print(f"{row['provider']:13} {case:15} M {row['M']:3} B {row['B']:4} {row['ms']:10.2f} ms "
                   f"{row['peak_mb']:8.0f} MB {row.get('over_de', float('nan')):6.2f} x a deep-ensemble step  "
-                  f"plain FoRDE / this {row.get('plain_forde_over', float('nan')):5.2f}  {row.get('strategy', '')}",
+                  f"plain FoRDE / this {row.get('plain_forde_over', float('nan')):5.2f}  "
+                  f"{100 * row.get('of_peak', float('nan')):3.0f} % of peak  {row.get('strategy', '')}",
                   flush=True)  # fmt: skip
         print(append("step", rows, given.out))  # case by case: what is cut off leaves the others
     return 0
@@ -198,11 +235,12 @@ def arguments():
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--cases", help=f"of {', '.join(CASES)}")
-    parser.add_argument("--providers", default=",".join(PROVIDERS), help=f"default: %(default)s; also {OPTIONAL}")
+    parser.add_argument("--providers", help=f"default: {','.join(PROVIDERS)}, on a GPU {GRAPHS} too; also {OPTIONAL}")
     parser.add_argument("--precision", default=None, help="full, tf32 or bf16; default: bf16 on CUDA, else full")
     parser.add_argument("--parts", action="store_true", help="the breakdown of a step")
     parser.add_argument("--out", type=Path, default=RESULTS, help="the folder of the CSV file")
     given = parser.parse_args()
+    given.providers = given.providers or ",".join(PROVIDERS + (GRAPHS if given.device == "cuda" else ()))
     given.cases = given.cases or SHORT[given.device]
     given.precision = given.precision or ("bf16" if given.device == "cuda" else "full")
     for chosen, valid in ((given.cases, CASES), (given.providers, (*PROVIDERS, *OPTIONAL))):

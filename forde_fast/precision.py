@@ -1,5 +1,8 @@
 """Float32 matrix products on CUDA, in a precision that is asked for by name. Other tensors have but one."""
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -39,11 +42,18 @@ def _(a, b, precision):
 def _(a, b, precision):
     if a.dtype != torch.float32:
         return a @ b
+    with products_in("ieee" if precision == "ieee" else "tf32"):
+        return sum(x @ y for x, y in terms(a, b, precision))
+
+
+@contextlib.contextmanager
+def products_in(precision: str) -> Iterator[None]:
+    """PyTorch's own products of float32 on CUDA, "tf32" or "ieee"."""
     setting = torch.backends.cuda.matmul
     before, general = setting.fp32_precision, torch.backends.fp32_precision
-    setting.fp32_precision = "ieee" if precision == "ieee" else "tf32"
+    setting.fp32_precision = precision
     try:
-        return sum(x @ y for x, y in terms(a, b, precision))
+        yield
     finally:
         setting.fp32_precision = "none" if before == general else before  # "none": whatever the general one is
 

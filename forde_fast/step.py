@@ -144,7 +144,7 @@ def descend_(parameters: Tensor, velocity: Tensor, g: Tensor, sgd: SGD) -> None:
     velocity.mul_(sgd.momentum).add_(g)
     direction = g.add_(velocity, alpha=sgd.momentum) if sgd.nesterov else velocity
     if isinstance(sgd.lr, Tensor):
-        parameters.addcmul_(direction, sgd.lr, value=-1)
+        parameters.addcmul_(direction, sgd.lr.to(parameters.dtype), value=-1)
     else:
         parameters.add_(direction, alpha=-sgd.lr)
 

@@ -7,6 +7,7 @@ Norms are pooled over several draws, since the ratio of two rounding errors of o
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from forde_fast import reference
 from forde_fast.lengthscales import PCA, Cosine, Identity
+from forde_fast.precision import products_in
 from forde_fast.repulsion import repulsion
 
 DRAWS = 5
@@ -112,12 +114,14 @@ def compare(backend: str, case: str, shape: Shape, dtype: torch.dtype, lengthsca
     """{"value": Errors, "gradient": Errors} of a backend on `draws` draws of a case; options go to the operation.
 
     The gradient's rows are multiplied by their particles' norms: a dead row, whose own is of order
-    1 / sqrt(eps), would otherwise be all that counts.
+    1 / sqrt(eps), would otherwise be all that counts. With `precision="tf32"` on CUDA, plain PyTorch has its own
+    products in tf32 there.
     """
+    plain_on = device if device != "cpu" and options.get("precision") == "tf32" else "cpu"
     lengthscale = Identity() if lengthscale is None else lengthscale
     pools = {(who, what): [] for who in ("fast", "plain") for what in ("value", "gradient")}
     for seed in range(draws):
-        inputs, exact, plain = _draw(case, shape, seed, dtype, lengthscale)
+        inputs, exact, plain = _draw(case, shape, seed, dtype, lengthscale, plain_on)
         fast = repulsion(inputs.to(device), lengthscale, backend=backend, **options)
         norms = (inputs.double().square().sum(-1, keepdim=True) + 1e-24).sqrt()
         alike = bool((inputs == inputs[:1]).all())
@@ -139,10 +143,13 @@ def compare(backend: str, case: str, shape: Shape, dtype: torch.dtype, lengthsca
 
 
 @functools.lru_cache(maxsize=2 * DRAWS)
-def _draw(case: str, shape: Shape, seed: int, dtype: torch.dtype, lengthscale):
-    """Inputs, the exact value and gradient for them, and plain PyTorch's result in their precision."""
+def _draw(case: str, shape: Shape, seed: int, dtype: torch.dtype, lengthscale, device: str):
+    """Inputs, the exact value and gradient for them, and plain PyTorch's result in their precision: on the CPU, or in
+    tf32 on a CUDA `device`."""
     inputs = make_particles(case, shape, seed, dtype)
-    plain = reference.repulsion(inputs.float() if dtype == torch.bfloat16 else inputs, lengthscale)
+    rounded = (inputs.float() if dtype == torch.bfloat16 else inputs).to(device)
+    with contextlib.nullcontext() if device == "cpu" else products_in("tf32"):
+        plain = reference.repulsion(rounded, lengthscale)
     if dtype == torch.float64 and _fits_long_double(shape):
         exact = _in_long_double(inputs, lengthscale)
     else:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from forde_fast import second_order, validation
+from forde_fast import graph, second_order, validation
 from forde_fast.choice import choose
 from forde_fast.ensemble import Ensemble, evaluation_mode, split_row
 from forde_fast.methods import Method, resolve
@@ -63,6 +63,13 @@ class Trainer:
                       that "auto" may give other last bits on another day. After the first step `strategy` is what is
                       used, `strategy_report` says why
     members_at_a_time, precision   of `Strategy`: less memory; "tf32" or "bf16" products
+    channels_last     images in that memory layout. None: on CUDA in tf32 or bf16, where every member's attribute
+                      `channels_last` says that it works so, as this package's networks do
+    cuda_graph        on CUDA, record each kind of step once and launch it as a whole from then on, with the same
+                      result. What members and the loss do in Python (hooks, counters, Python's random numbers) is
+                      then done only while it is recorded. Steps that cannot be recorded, because something waits
+                      for the device or with a torch optimiser, streams or members_at_a_time, are computed as usual;
+                      `strategy_report` says why
     repulsion_every   k: the repulsion acts at every k-th step only, with k times its weight. The log keeps what it
                       last saw of it
     repulsion_samples  n: the repulsion is that of the batch's first n samples, in a forward pass of their own: a
@@ -79,8 +86,8 @@ class Trainer:
                  optimizer: Callable[[Iterable], torch.optim.Optimizer] | None = None,
                  loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy, seed: int = 0,
                  accelerate: bool = True, strategy: str = "loop", members_at_a_time: int | None = None,
-                 precision: str = "full", repulsion_every: int = 1,
-                 repulsion_samples: int | None = None):  # fmt: skip
+                 precision: str = "full", repulsion_every: int = 1, repulsion_samples: int | None = None,
+                 channels_last: bool | None = None, cuda_graph: bool = False):  # fmt: skip
         expect(isinstance(ensemble, Ensemble), "ensemble", "an Ensemble", type(ensemble).__name__, TypeError)
         for name, value in (
             ("repulsion_weight", repulsion_weight),
@@ -103,6 +110,8 @@ class Trainer:
         if repulsion_samples is not None:
             validation.whole(repulsion_samples, "repulsion_samples")
         self.strategy, self.strategy_report = strategy, ""
+        self._channels_last, self._cuda_graph = channels_last, cuda_graph
+        self._recorder = None
         self._strategy = Strategy("loop", members_at_a_time, precision)  # `strategy` goes into it at the first step
         self.ensemble = ensemble
         self.objective = Objective(resolve(method), lengthscale, repulsion_weight, eps, backend, loss,
@@ -134,24 +143,60 @@ class Trainer:
         if not self.ensemble.training:
             self.ensemble.train()
         if not self.strategy_report:
-            choice = choose(self.strategy, self._strategy, self.ensemble, self.objective, x, y, self._accelerate)
-            self._strategy, accelerate, self.strategy_report = choice
-            self.strategy, self._accelerate = self._strategy.kind, bool(accelerate)
-        flat, measured = self.ensemble.flat, self.objective.measures(self.steps)
-        self.velocity = self.velocity.to(flat)  # the ensemble may have been moved or cast
-        objective = self.objective.at(self.steps)
-        g, log = gradient(self.ensemble, flat, None, x, y, objective, measured, self._strategy)
-        with torch.no_grad():
-            if self.optimizer is None:
-                descend_(flat, self.velocity, g, replace(self.sgd, lr=self.sgd.lr * rate))
-            else:
-                self._step_with_optimizer(g, rate)
+            self._choose(x, y)
+        self.velocity = self.velocity.to(self.ensemble.flat)  # the ensemble may have been moved or cast
+        objective, measured = self.objective.at(self.steps), self.objective.measures(self.steps)
+        if self._recorder is None:
+            log = self._update(x, y, rate, objective, measured)
+        else:
+            log = self._launch(x, y, rate, objective, measured)
         if self.steps % self.objective.repulsion_every:
             log = Log(log.cross_entropy, *self._seen[1:])
         elif not measured:
             log = log._replace(**{name: getattr(self._seen, name) for name in MEASURED})
         self.steps, self._seen = self.steps + 1, log
         self.rows = len(self.ensemble) * len(x)
+        return log
+
+    def _choose(self, x: Tensor, y: Tensor) -> None:
+        """How steps are computed from now on."""
+        last = self._channels_last
+        if last is None:
+            able = all(getattr(member, "channels_last", False) for member in self.ensemble.members)
+            last = x.is_cuda and able and self._strategy.precision != "full"
+        strategy = replace(self._strategy, channels_last=last)
+        choice = choose(self.strategy, strategy, self.ensemble, self.objective, x, y, self._accelerate)
+        self._strategy, accelerate, self.strategy_report = choice
+        self.strategy, self._accelerate = self._strategy.kind, bool(accelerate)
+        self._recorder = None
+        if self._cuda_graph:
+            reason = graph.why_not(x.device, self._strategy, self.optimizer)
+            self._recorder = None if reason else graph.Recorder(self._update)
+            self._modules = list(self.ensemble.modules())  # to walk through them takes longer than to launch
+            self.strategy_report += f"; no CUDA graph: {reason}" if reason else "; CUDA graph"
+
+    def _update(self, x: Tensor, y: Tensor, rate: float | Tensor, objective: Objective, measured: bool) -> Log:
+        """What a step does on the device, without waiting for it."""
+        flat = self.ensemble.flat
+        g, log = gradient(self.ensemble, flat, None, x, y, objective, measured, self._strategy)
+        with torch.no_grad():
+            if self.optimizer is None:
+                descend_(flat, self.velocity, g, replace(self.sgd, lr=self.sgd.lr * rate))
+            else:
+                self._step_with_optimizer(g, rate)
+        return log
+
+    def _launch(self, x: Tensor, y: Tensor, rate: float, objective: Objective, measured: bool) -> Log:
+        """`_update`, as a CUDA graph where it is recorded."""
+        measured = measured and objective.repels(len(self.ensemble))
+        modes = tuple(module.training for module in self._modules)
+        kind = measured, objective.repulsion_weight, modes
+        constants = self.objective, self.sgd, self._strategy, self.ensemble.flat, self.velocity
+        log = self._recorder(x, y, rate, (objective, measured), kind, constants)
+        if self._recorder.reason:
+            self.strategy_report = self.strategy_report.replace("; CUDA graph", "; no CUDA graph: ")
+            self.strategy_report += self._recorder.reason
+            self._recorder = None
         return log
 
     def fit(self, loader, epochs: int, schedule: Callable[[float], float] = published_schedule,

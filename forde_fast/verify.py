@@ -40,7 +40,10 @@ def verify() -> list[dict]:
 def _rows(backends: list[str], dtype: torch.dtype, kind: str) -> list[dict]:
     """The rows of all backends and precisions for a dtype: they share the oracle's results, which take the time."""
     ways = [
-        (name, device, *way) for name in backends for device in [_device(name)] for way in _precisions(dtype, device)
+        (name, device, *way)
+        for name in backends
+        for device in [_device(name)]
+        for way in _precisions(dtype, device, kind)
     ]
     rows = [_empty_row(name, dtype, label, kind) for name, _, label, _ in ways]
     for shape in SHAPES:
@@ -57,9 +60,13 @@ def _device(backend: str) -> str:
     return "cuda" if torch.cuda.is_available() and backend != "cpp" else "cpu"
 
 
-def _precisions(dtype: torch.dtype, device: str) -> list[tuple[str, dict]]:
+def _precisions(dtype: torch.dtype, device: str, kind: str) -> list[tuple[str, dict]]:
     """What a dtype is called in the table, and the operation's arguments: one way each to multiply matrices."""
-    return [(str(dtype).removeprefix("torch."), {"precision": "ieee"} if device == "cuda" else {})]
+    name = str(dtype).removeprefix("torch.")
+    if device == "cpu":
+        return [(name, {})]
+    others = ("tf32", "tf32x3") if dtype == torch.float32 and kind.startswith("pca") else ()
+    return [(name, {"precision": "ieee"}), *((other, {"precision": other}) for other in others)]
 
 
 def _empty_row(backend: str, dtype: torch.dtype, precision: str, kind: str) -> dict:

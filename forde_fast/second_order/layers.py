@@ -57,11 +57,11 @@ class BatchNorm:
 
     @torch.no_grad()
     def _track(self, statistics: Tensor) -> None:
-        momentum = self.momentum
+        momentum = 0.0 if self.momentum is None else self.momentum
         if self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
-            momentum = 1 / float(self.num_batches_tracked) if momentum is None else momentum
-        momentum = momentum or 0.0
+            if self.momentum is None:  # a tensor: the host need not wait for it
+                momentum = self.num_batches_tracked.double().reciprocal()
         mean, _, share, variance = statistics
         for running, now in ((self.running_mean, mean), (self.running_var, variance / (1 - share))):
             running.lerp_(now.to(running.dtype), momentum)
