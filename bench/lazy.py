@@ -115,8 +115,9 @@ def table(out: Path) -> str:
     head = "| images | repulsion | accuracy | − exact | NLL | − exact | ECE | − exact |"
     lines += ["", f"{measured_on(runs)[:-1]}; {seeds} seeds, {runs[0]['test_size']} test images:", ""]
     lines += [head, "|---|---|" + "---|" * 6]
+    ran = {row["setting"] for row in runs}
     for group, title in GROUPS.items():
-        for name in SETTINGS:
+        for name in (name for name in SETTINGS if name in ran):
             cells = []
             for metric in METRICS:
                 column = f"{group}_{metric}"

@@ -1,0 +1,58 @@
+"""Scripts of bench/: the table of cheaper repulsion, and what stands in for the published program's surroundings."""
+
+import importlib
+from pathlib import Path
+
+import pytest
+
+BENCH = Path(__file__).parents[1] / "bench"
+
+
+@pytest.fixture
+def script(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCH))
+    return importlib.import_module
+
+
+def test_differences_are_paired_by_seed(script, tmp_path):
+    lazy = script("lazy")
+    rows = [
+        {"setting": name, "seed": seed, "test_size": 7}
+        | {f"{group}_{metric}": seed + gain * (1 + seed) for group in lazy.GROUPS for metric in lazy.METRICS}
+        for name, gain in (("every 4th step", 0.5), ("exact", 0.0))
+        for seed in (2, 0, 1)
+    ]
+    lazy.append("lazy", rows, tmp_path)
+    steps = [{"case": "mlp", "setting": name, "over_exact": 1, "over_de": 2} for name in lazy.SETTINGS]
+    lazy.append("lazy_step", steps, tmp_path)
+    text = lazy.table(tmp_path)
+    # differences 0.5, 1, 1.5: deviation 0.5, over the root of 3 seeds
+    assert "| clean | every 4th step | 2.0000 | +1.0000 ± 0.2887 |" in text
+    assert "| clean | exact | 1.0000 |  |" in text
+
+
+def test_settings_are_filled_in_by_name(script):
+    experiment = script("official_jax").Experiment("name")
+
+    @experiment.config
+    def settings():
+        batch = 16
+        double = 2 * batch  # noqa: F841 (settings are local variables)
+
+    @experiment.capture
+    def use(first, batch, double, *, last):
+        return first, batch, double, last
+
+    assert use(1, double=5, last=4) == (1, 16, 5, 4)
+
+
+@pytest.mark.parametrize("lacking", ["models/resnet.py", "train_forde.py"])
+def test_what_is_no_checkout_is_one_line(script, tmp_path, monkeypatch, capsys, lacking):
+    official = script("official_jax")
+    (tmp_path / "models").mkdir()
+    for name in set(official.FILES) - {lacking}:
+        (tmp_path / name).touch()
+    monkeypatch.setattr("sys.argv", ["official_jax.py", "--checkout", str(tmp_path)])
+    with pytest.raises(SystemExit, match="2"):
+        official.main()
+    assert f"checkout: expected one of AaltoPML/FoRDE, got {tmp_path}, without {lacking}" in capsys.readouterr().err
