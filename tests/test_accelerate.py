@@ -246,3 +246,15 @@ def test_float32_step_of_resnet18_is_as_accurate_as_pytorchs():
     exact = step(copy.deepcopy(model).double())
     plain, fast = step(copy.deepcopy(model)), step(accelerated(model))
     assert (fast - exact).norm() <= 2 * (plain - exact).norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_running_averages_over_all_batches(dtype):
+    plain = nn.BatchNorm1d(5, momentum=None).to(dtype)
+    fast = copy.deepcopy(plain)
+    ff.accelerate(fast)
+    for size in (4, 7, 3):
+        x = torch.randn(size, 5, dtype=dtype)
+        plain(x), fast(x)
+    for one, other in zip(fast.buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(one, other)

@@ -61,7 +61,7 @@ class BatchNorm:
         if self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
             if self.momentum is None:  # a tensor: the host need not wait for it
-                momentum = self.num_batches_tracked.double().reciprocal()
+                momentum = self.num_batches_tracked.to(self.running_mean.dtype).reciprocal()
         mean, _, share, variance = statistics
         for running, now in ((self.running_mean, mean), (self.running_var, variance / (1 - share))):
             running.lerp_(now.to(running.dtype), momentum)
