@@ -273,3 +273,13 @@ def test_a_third_derivative_is_refused():
     (second,) = torch.autograd.grad(first.sin().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="twice"):
         torch.autograd.grad(second.sum(), x)
+
+
+@needs_kernels
+def test_small_calls_are_left_to_pytorch_but_for_ranks(monkeypatch):
+    norm = accelerated(nn.BatchNorm1d(4))
+    monkeypatch.setattr(type(norm), "smallest", 4 * 8)
+    assert not norm.takes(torch.randn(7, 4))
+    assert norm.takes(torch.randn(8, 4))
+    norm.reduce = lambda sums: sums
+    assert norm.takes(torch.randn(7, 4))

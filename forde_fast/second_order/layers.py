@@ -29,6 +29,9 @@ class BatchNorm:
     """
 
     reduce: Callable[[Tensor], Tensor] = staticmethod(alone)
+    # Numbers in x on a CPU; what is smaller is left to PyTorch. Both orders together, [128, 128]: 0.91 ms against
+    # PyTorch's 0.59, all of it in calls; [128, 64, 2, 2]: 1.6 against 2.2.
+    smallest = 2**15
 
     def takes(self, x: Tensor, residual: Tensor | None = None) -> bool:
         """Whether the kernels can do this call; what they cannot, wrong shapes among it, is left to PyTorch."""
@@ -39,6 +42,7 @@ class BatchNorm:
             and x.ndim >= 2
             and x.shape[1] == self.num_features
             and x.numel() > x.shape[1]
+            and (x.is_cuda or x.numel() >= self.smallest or self.reduce is not alone)
             and all(t.device == x.device and t.dtype in (x.dtype, torch.float32) for t in own)
             and (residual is None or (residual.shape == x.shape and residual.dtype == x.dtype))
         )
