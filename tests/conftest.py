@@ -33,9 +33,9 @@ def fresh_seed():
     torch.manual_seed(20240507)
 
 
-@pytest.fixture(autouse=True)
-def fast_layers_at_any_size(monkeypatch):
+@pytest.fixture(autouse=True, scope="session")
+def fast_layers_at_any_size():
     """The tests' images are so small that an accelerated batch normalisation would leave them to PyTorch."""
     from forde_fast.second_order.layers import BatchNorm
 
-    monkeypatch.setattr(BatchNorm, "smallest", 0)
+    BatchNorm.smallest = 0
