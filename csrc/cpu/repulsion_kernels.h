@@ -50,14 +50,6 @@ inline double sum(Vector<T> v) {
   return lanes[0];
 }
 
-// In a register: the compiler would rather load it again for every use.
-template <class V>
-inline void keep(V& v) {
-#if defined(__x86_64__)
-  asm("" : "+x"(v));
-#endif
-}
-
 // Memory of this thread for `count` vectors, aligned to a cache line; the next call takes it over.
 template <class T>
 inline Vector<T>* scratch(int64_t count) {
@@ -338,9 +330,7 @@ struct Mixture {
       }
     const auto add = [&](V(&to)[kSize][kUnroll], int64_t j) {
       for (int64_t u = 0; u < kUnroll; ++u) {
-        V other = q_j[u];
-        keep(other);
-        for (int64_t a = 0; a < kSize; ++a) to[a][u] += c[a * repelling + j] * (own[a][u] - other);
+        for (int64_t a = 0; a < kSize; ++a) to[a][u] += c[a * repelling + j] * (own[a][u] - q_j[u]);
       }
       q_j += kVectors;
     };
