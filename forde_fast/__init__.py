@@ -3,7 +3,7 @@
 Trinh, Heinonen, Acerbi, Kaski: Input-gradient space particle inference for neural network ensembles, ICLR 2024.
 """
 
-from forde_fast import data, models
+from forde_fast import data, methods, models
 from forde_fast.checkpoint import load_ensemble, save_ensemble, save_member
 from forde_fast.data import corrupt
 from forde_fast.ensemble import Ensemble
@@ -12,25 +12,32 @@ from forde_fast.lengthscales import PCA, Cosine, Identity
 from forde_fast.methods import Method
 from forde_fast.repulsion import available_backends, combine, distances, repulsion
 from forde_fast.rule import Median
+from forde_fast.rules import GAL, LIT, SGE
 from forde_fast.second_order import Acceleration, accelerate, decelerate
-from forde_fast.spaces import InputGradients
+from forde_fast.spaces import Features, InputGradients, Outputs, Weights
 from forde_fast.trainer import Log, Trainer
 from forde_fast.types import Backend, Prediction, Repulsion
 
 __all__ = [
+    "GAL",
+    "LIT",
     "PCA",
+    "SGE",
     "Acceleration",
     "Backend",
     "Cosine",
     "Ensemble",
+    "Features",
     "Identity",
     "InputGradients",
     "Log",
     "Median",
     "Method",
+    "Outputs",
     "Prediction",
     "Repulsion",
     "Trainer",
+    "Weights",
     "accelerate",
     "available_backends",
     "combine",
@@ -39,6 +46,7 @@ __all__ = [
     "decelerate",
     "distances",
     "load_ensemble",
+    "methods",
     "models",
     "repulsion",
     "save_ensemble",

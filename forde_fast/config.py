@@ -10,7 +10,7 @@ from pathlib import Path
 
 from forde_fast import validation
 from forde_fast.data import DATASETS
-from forde_fast.methods import RECIPES
+from forde_fast.methods import NAMES
 from forde_fast.models import MODELS
 from forde_fast.repulsion import BACKENDS, available_backends
 from forde_fast.spaces import SCORES
@@ -59,7 +59,7 @@ class TrainConfig:
         for name, valid in (
             ("data", DATASETS),
             ("model", MODELS),
-            ("method", RECIPES),
+            ("method", NAMES),
             ("score", SCORES),
             ("backend", ("auto", *BACKENDS)),
             ("strategy", ("auto", *KINDS)),

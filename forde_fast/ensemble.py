@@ -21,29 +21,32 @@ class Ensemble(nn.Module):
            order of `named_parameters()`. Frozen ones (requires_grad=False) stay outside
     sizes  [M], how many a member has: members may differ, in their heads or altogether. P is the largest one's,
            and the rest of a smaller one's row stays 0
+    shared names of layers that all members have in common, by default none: they start as member 0's, and every step
+           moves them by the mean of the members' gradients, so that the copies stay the same
 
     Called on x it returns the members' outputs [M, B, K]. Raises TypeError or ValueError for members = 0 and
     for members whose trainable parameters differ in dtype or device.
     """
 
-    def __init__(self, make_model: Callable[[], nn.Module], members: int = 10, seed: int = 0):
+    def __init__(self, make_model: Callable[[], nn.Module], members: int = 10, seed: int = 0,
+                 shared: str | Sequence[str] = ()):  # fmt: skip
         expect(callable(make_model), "make_model", "a callable that returns a module", make_model, TypeError)
         whole(members, "members")
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             torch.manual_seed(seed)
             modules = [make_model() for _ in range(members)]
         super().__init__()
-        self._adopt(modules)
+        self._adopt(modules, shared)
 
     @classmethod
-    def from_modules(cls, modules: Sequence[nn.Module]) -> Ensemble:
+    def from_modules(cls, modules: Sequence[nn.Module], shared: str | Sequence[str] = ()) -> Ensemble:
         """The given modules as members; their parameters become views of the ensemble's buffer."""
         ensemble = cls.__new__(cls)
         nn.Module.__init__(ensemble)
-        ensemble._adopt(list(modules))
+        ensemble._adopt(list(modules), shared)
         return ensemble
 
-    def _adopt(self, modules: list[nn.Module]) -> None:
+    def _adopt(self, modules: list[nn.Module], shared: str | Sequence[str]) -> None:
         expect(len(modules) >= 1, "modules", "at least one", "none")
         for module in modules:
             expect(isinstance(module, nn.Module), "modules", "torch.nn.Module", type(module).__name__, TypeError)
@@ -55,9 +58,30 @@ class Ensemble(nn.Module):
         kinds = {f"{p.dtype} on {p.device}" for module in modules for _, p in trainable(module)}
         expect(len(kinds) == 1, "modules", "one dtype and device", ", ".join(sorted(kinds)))
         own = [id(p) for module in modules for _, p in trainable(module)]
-        shared = "one that several members share"
-        expect(len(set(own)) == len(own), "modules", "trainable parameters of their own", shared)
+        common = "one that several members share (shared= names layers that they have in common)"
+        expect(len(set(own)) == len(own), "modules", "trainable parameters of their own", common)
         self._flatten()
+        self.shared = (shared,) if isinstance(shared, str) else tuple(shared)
+        self._shared = [part for layer in self.shared for part in self._parts(layer)]
+        for part in self._shared:
+            self.flat[:, part] = self.flat[0, part].clone()
+
+    @torch.no_grad()
+    def average_shared_(self, g: Tensor) -> None:
+        """The gradients [M, P] of what the members have in common become their mean, in place."""
+        for part in self._shared:
+            g[:, part] = g[:, part].mean(0)
+
+    def _parts(self, layer: str) -> list[slice]:
+        """Where a layer's parameters are in `flat`."""
+        expect(self.uniform, "shared", "members with the same parameters", "members that differ")
+        parts, start = [], 0
+        for name, p in trainable(self.members[0]):
+            if name == layer or name.startswith(f"{layer}."):
+                parts.append(slice(start, start + p.numel()))
+            start += p.numel()
+        expect(len(parts) > 0, "shared", "the name of a layer with trainable parameters", repr(layer))
+        return parts
 
     @property
     def uniform(self) -> bool:

@@ -76,7 +76,11 @@ def combine(state, c: Tensor) -> Tensor:
 
 def repulsion(particles, lengthscale=None, others=None, normalize=True, eps=1e-24, bandwidth="median") -> Repulsion:
     """R and dR/dparticles with `others` and the bandwidth held constant, as `forde_fast.repulsion` defines them."""
-    d, (graph, wide, dtype) = distances(particles, lengthscale, others, normalize, eps)
+    d, state = distances(particles, lengthscale, others, normalize, eps)
+    graph, wide, dtype = state
+    if hasattr(bandwidth, "apply"):  # a rule of its own
+        r, c, h = (result.to(d.dtype) for result in bandwidth.apply(d.double()))
+        return Repulsion(r, combine(state, c), h, d)
     h = bandwidth_of(d, bandwidth)
     with torch.enable_grad():
         r = value(graph, h)

@@ -52,6 +52,17 @@ class Median:
         return math.log(max(d.shape[1], 2 - self.add_one) + self.add_one)
 
 
+class Rule:
+    """What else takes distances to a gradient, in the place of a kernel density estimate and its bandwidth.
+
+    `apply` takes d [M, M, G] in float64 to the value [], the coefficients c [M, M, G] of the gradient
+    sum_j c_ij C (s_i - s_j), and a bandwidth [M, G] for the log (ones where there is none).
+    """
+
+    def apply(self, d: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        raise NotImplementedError
+
+
 def median(d: Tensor, dims: tuple[int, ...]) -> Tensor:
     """The median over `dims`, kept as size 1, with the mean of the middle two (torch.median has the lower)."""
     kept = [1 if dim in dims else size for dim, size in enumerate(d.shape)]
@@ -74,7 +85,7 @@ def bandwidth_of(d: Tensor, bandwidth: "str | Median | float | Tensor") -> Tenso
 
 def check_bandwidth(bandwidth, repelling: Tensor | None = None) -> None:
     """TypeError or ValueError for what is no bandwidth, or none for the particles [Mj, G, D] that repel."""
-    if isinstance(bandwidth, Median):
+    if isinstance(bandwidth, Median | Rule):
         return
     if isinstance(bandwidth, str):
         expect(bandwidth == "median", "bandwidth", "'median', a Median, a number or a tensor", repr(bandwidth))
@@ -100,6 +111,8 @@ def kernel_rule(d: Tensor, bandwidth="median") -> tuple[Tensor, Tensor, Tensor]:
     """
     groups = d.shape[2]
     exact = d.double()
+    if isinstance(bandwidth, Rule):
+        return tuple(result.to(d.dtype) for result in bandwidth.apply(exact))
     h = bandwidth_of(exact, bandwidth)
     exponents = -exact / h
     top = exponents.amax((1, 2), keepdim=True)  # 0, unless others are given that are all far away

@@ -10,7 +10,6 @@ import json
 import shutil
 import time
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,9 +25,8 @@ from forde_fast.data.cifar import STANDARD
 from forde_fast.ensemble import Ensemble
 from forde_fast.evaluation import METRICS, evaluate_corruptions, mean_scores, score_corrupted, score_members
 from forde_fast.files import write
-from forde_fast.methods import METHODS, RECIPES
+from forde_fast.methods import SHARED, make
 from forde_fast.signals import Interrupted, StopSignals
-from forde_fast.spaces import InputGradients
 from forde_fast.trainer import Log, Trainer
 from forde_fast.validation import expect
 from forde_fast.watching import JSONLines, Progress, TensorBoard, append_line, check_tensorboard, keep_lines
@@ -76,6 +74,7 @@ class Run:
             lambda: models.make(config.model, len(self.data.classes), shape, config.width),
             config.members,
             config.seed,
+            SHARED.get(config.method, ()) if config.repulsion_weight else (),
         ).to(self.device)
         self.ensemble = self._make_ensemble()
         self.strength = config.repulsion_weight * len(self.images) / min(config.batch_size, len(self.images))
@@ -139,15 +138,10 @@ class Run:
     def _trainer_and_loader(self) -> tuple[Trainer, Loader]:
         config = self.config
         x = self.normalisation(self.images).to(self.device)
-        name, recipe = RECIPES[config.method]
-        method = METHODS[name]
-        if method.space is not None:
-            method = replace(method, space=InputGradients(config.score))
         trainer = Trainer(
             self.ensemble,
-            method,
-            recipe(x, config.alpha),
-            config.repulsion_weight,
+            make(config.method, x, config.alpha, config.score, config.data),
+            repulsion_weight=config.repulsion_weight,
             backend=config.backend,
             strategy=config.strategy,
             precision=config.precision,

@@ -1,9 +1,17 @@
 """What of a member is compared: particles, attached to the graph that pulls a gradient on them back to parameters.
 
-A space is a callable (forward, x, y) -> (outputs, particles): `forward` maps x [B, ...] to the member's outputs
-[B, K] with its parameters in the graph; particles [B, D] (in general [G, D]) carry that graph. The trainer then
-takes one vector-Jacobian product with the cotangents (1, repulsion gradient) of (loss, particles): exact for any
-module, terms across samples by BatchNorm and dropout masks included.
+A space is a callable (forward, x, y) -> (outputs, values): `forward` maps x [B, ...] to the member's outputs
+[B, K] with its parameters in the graph; the values, particles [B, D] (in general [G, D]), carry that graph. The
+trainer then takes one vector-Jacobian product with the cotangents (1, repulsion gradient) of (loss, values): exact
+for any module, terms across samples by BatchNorm and dropout masks included.
+
+`forward` has its trainable parameters as `forward.parameters()`, and `forward(x, input_of=layer)` gives the outputs
+and what the submodule of that name received. A space may have more than its call:
+
+    stacked(forward, x, y, members)   the same of n members at once, values [n, G, D], for strategy="stacked"
+    together(values)                  of all members' values [M, G, D] -> the particles, differentiable with torch
+    known(values)                     of all members' values, what a method's prior is a function of
+    check(ensemble)                   raises ValueError for one that it cannot be used with
 """
 
 from __future__ import annotations
@@ -13,9 +21,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from forde_fast.validation import expect, one_of
+from forde_fast.eigen import directions
+from forde_fast.validation import expect, one_of, whole
 
 SCORES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "logit": lambda outputs, y: outputs.gather(1, y[:, None])[:, 0],
@@ -61,3 +71,101 @@ def _gradients(scores: Tensor, x: Tensor) -> Tensor:
     """Of the sum of the scores with respect to x, themselves differentiable."""
     (gradients,) = torch.autograd.grad(scores.sum(), x, create_graph=True)
     return gradients
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A member's trainable parameters, one particle [1, P]: weight-RDE's space (D'Angelo & Fortuin, NeurIPS 2021)."""
+
+    def __call__(self, forward: Callable, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        own = [p for p in forward.parameters() if p.requires_grad]
+        return forward(x), torch.cat([p.flatten() for p in own])[None]
+
+    def stacked(self, forward: Callable, x: Tensor, y: Tensor, members: int) -> tuple[Tensor, Tensor]:
+        return forward(x), torch.cat([p.flatten(1) for p in forward.parameters()], 1)[:, None]
+
+    def check(self, ensemble) -> None:
+        expect(ensemble.uniform, "ensemble", "members of the same parameters, which are compared", "others")
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """A member's outputs on the batch, one particle [1, B K]: function-RDE's space (D'Angelo & Fortuin).
+
+    of  "logits": as they are; "probabilities": their softmax
+    """
+
+    of: str = "logits"
+
+    def __post_init__(self):
+        one_of(self.of, "of", ("logits", "probabilities"))
+
+    def __call__(self, forward: Callable, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        outputs = forward(x)
+        return outputs, self._values(outputs).flatten()[None]
+
+    def stacked(self, forward: Callable, x: Tensor, y: Tensor, members: int) -> tuple[Tensor, Tensor]:
+        outputs = forward(x)
+        return outputs, self._values(outputs).flatten(1)[:, None]
+
+    def _values(self, outputs: Tensor) -> Tensor:
+        return outputs.softmax(-1) if self.of == "probabilities" else outputs
+
+
+@dataclass(frozen=True)
+class Features:
+    """What the last layer receives, f_p [B, F], along a few directions: feature-RDE's space (Yashima et al. 2022).
+
+    With G_p = d(sum_b CE)/df_p, flattened, and (w, V) the eigenvalues and eigenvectors of their Gram matrix [M, M],
+    the directions are e_q = w_q^-1/2 sum_p V_pq G_p and the particle [1, directions] of member p is (f_p . e_q)_q.
+
+    directions  how many, at most M
+    keep        those of the "smallest" (the published code) or "largest" eigenvalues
+    layer       the name of the last layer, which all members are meant to share: Ensemble(..., shared="head")
+    """
+
+    directions: int = 5
+    keep: str = "smallest"
+    layer: str = "head"
+
+    def __post_init__(self):
+        whole(self.directions, "directions")
+        one_of(self.keep, "keep", ("smallest", "largest"))
+
+    def __call__(self, forward: Callable, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Values [2, B F]: f and, as a constant, G."""
+        outputs, features = forward(x, input_of=self.layer)
+        return outputs, torch.stack([features.flatten(), self._slopes(outputs, y, features).flatten()])
+
+    def stacked(self, forward: Callable, x: Tensor, y: Tensor, members: int) -> tuple[Tensor, Tensor]:
+        outputs, features = forward(x, input_of=self.layer)
+        slopes = self._slopes(outputs.flatten(0, 1), y.repeat(members, *[1] * (y.ndim - 1)), features)
+        return outputs, torch.stack([features.flatten(1), slopes.flatten(1)], 1)
+
+    def _slopes(self, outputs: Tensor, y: Tensor, features: Tensor) -> Tensor:
+        loss = F.cross_entropy(outputs, y, reduction="sum")
+        return torch.autograd.grad(loss, features, retain_graph=True)[0]
+
+    def together(self, values: Tensor) -> Tensor:
+        features, slopes = values.unbind(1)
+        kept = directions(slopes.detach(), self.directions, largest=self.keep == "largest")
+        return (features.double() @ kept.T).to(values.dtype)[:, None]
+
+    def known(self, values: Tensor) -> Tensor:
+        return values[:, 0]
+
+    def check(self, ensemble) -> None:
+        for number, member in enumerate(ensemble.members):
+            names = [name for name, _ in member.named_modules()]
+            expect(self.layer in names, "layer", f"a layer of modules[{number}], with the last one", self.layer)
+
+
+def input_of(module: torch.nn.Module, layer: str, call: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+    """What `call`, which runs the module, returns, and what the module's `layer` received in it."""
+    received = []
+    hook = module.get_submodule(layer).register_forward_pre_hook(lambda _, given: received.append(given[0]))
+    try:
+        outputs = call()
+    finally:
+        hook.remove()
+    return outputs, received[-1]

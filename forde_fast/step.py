@@ -169,29 +169,35 @@ def gradient(
     if not objective.repels(len(ensemble)):
         graphs = Graphs(ensemble, parameters, buffers, x, y, objective.loss, strategy)
         g, losses = graphs.plain()
+        ensemble.average_shared_(g)
         return g, Log(**log | {"cross_entropy": losses.sum()})
     n = objective.repulsion_samples if (objective.repulsion_samples or len(x)) < len(x) else None
     graphs = Graphs(ensemble, parameters, buffers, x, y, objective.loss, strategy, objective.method.space, n)
-    losses, particles = graphs.forward()
-    if particles.shape[1] == n:  # a particle per sample
+    losses, values = graphs.forward()
+    if values.shape[1] == n:  # a particle per sample
         objective = replace(objective, repulsion_weight=objective.repulsion_weight * n / len(x))
-    result, cotangents, dead = _repel(particles, objective)
+    particles, result, cotangents, dead = _repel(values, objective, len(x))
     log |= _diagnose(particles, result, dead, objective.method) | {"cross_entropy": losses.sum()}
     g, plain = graphs.pull_back(cotangents, measure_ratio)
     if measure_ratio:
         log["gradient_ratio"] = (g - plain).norm() / plain.norm()
         log |= _measure_inputs(x[:n], particles, objective.lengthscale)
+    ensemble.average_shared_(g)
     return g, Log(**log)
 
 
-def _repel(particles: Tensor, objective: Objective) -> tuple[Repulsion, Tensor, Tensor]:
-    """R of particles [M, B, D], their cotangents, and which rows [M, B] are dead.
+def _repel(values: Tensor, objective: Objective, batch: int) -> tuple[Tensor, Repulsion, Tensor, Tensor]:
+    """The particles [M, G, D] of the space's values, their R, the values' cotangents, which rows [M, G] are dead.
 
-    A row with |J|^2 <= eps would get a gradient of order 1/sqrt(eps) from the normalisation.
+    A particle with |J|^2 <= eps would get a gradient of order 1/sqrt(eps) from the normalisation.
     """
-    method = objective.method
+    method, own = objective.method, objective.method.weight_at(batch)
+    together = getattr(method.space, "together", None)
+    if together is not None or method.prior is not None:
+        values.requires_grad_()
+    particles = values if together is None else together(values)
     result = repulsion(
-        particles,
+        particles.detach(),
         objective.lengthscale,
         normalize=method.normalize,
         eps=objective.eps,
@@ -199,12 +205,18 @@ def _repel(particles: Tensor, objective: Objective) -> tuple[Repulsion, Tensor, 
         backend=objective.backend,
     )
     cotangents = result.gradient  # nobody else's: changed in place
-    if objective.repulsion_weight != 1:
-        cotangents.mul_(objective.repulsion_weight)
-    dead = torch.linalg.vector_norm(particles, dim=-1).square() <= objective.eps
+    if objective.repulsion_weight * own != 1:
+        cotangents.mul_(objective.repulsion_weight * own)
+    dead = torch.linalg.vector_norm(particles.detach(), dim=-1).square() <= objective.eps
     if method.normalize and (dead.is_cuda or dead.any()):  # to ask a GPU would be to wait for it
         cotangents.masked_fill_(dead[..., None], 0)
-    return result, cotangents, dead
+    if values.requires_grad:
+        reached, weights = [particles], [cotangents]
+        if method.prior is not None:
+            reached.append(method.prior(getattr(method.space, "known", lambda own: own)(values)) * own)
+            weights.append(None)
+        (cotangents,) = torch.autograd.grad(reached, values, weights)
+    return particles.detach(), result, cotangents, dead
 
 
 def _diagnose(particles: Tensor, result: Repulsion, dead: Tensor, method: Method) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ from torch.func import functional_call
 
 from forde_fast import validation
 from forde_fast.ensemble import Ensemble, trainable
+from forde_fast.spaces import input_of as with_input_of
 from forde_fast.validation import expect
 
 KINDS = ("loop", "stacked", "streams")
@@ -207,8 +208,14 @@ class _One:
         if row is not None:
             self.tensors |= {name: leaf for (name, _), leaf in zip(named, self.leaves, strict=True)}
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return functional_call(self.module, self.tensors, (x,)) if self.tensors else self.module(x)
+    def __call__(self, x: Tensor, input_of: str | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        def call() -> Tensor:
+            return functional_call(self.module, self.tensors, (x,)) if self.tensors else self.module(x)
+
+        return call() if input_of is None else with_input_of(self.module, input_of, call)
+
+    def parameters(self) -> list[Tensor]:
+        return self.leaves
 
     @contextlib.contextmanager
     def buffers_kept(self) -> Iterator[None]:
@@ -229,16 +236,22 @@ class _Stacked:
         named = trainable(modules[0])
         self.module, self.leaves = modules[0], _leaves(named, rows)
         frozen = [{name: p for name, p in module.named_parameters() if not p.requires_grad} for module in modules]
-        self.parameters = dict(zip((name for name, _ in named), self.leaves, strict=True)) | _stack(frozen)
+        self.named = dict(zip((name for name, _ in named), self.leaves, strict=True)) | _stack(frozen)
         self.written = [dict(module.named_buffers()) for module in modules] if buffers is None else buffers
         self.buffers = _stack(self.written)  # batched: vmap refuses to write into unbatched ones
 
-    def __call__(self, x: Tensor, each: bool = False) -> Tensor:
+    def __call__(self, x: Tensor, each: bool = False, input_of: str | None = None):
         def member(parameters, buffers, x):
-            return functional_call(self.module, {**parameters, **buffers}, (x,))
+            def call() -> Tensor:
+                return functional_call(self.module, {**parameters, **buffers}, (x,))
+
+            return call() if input_of is None else with_input_of(self.module, input_of, call)
 
         over = torch.vmap(member, (0, 0, 0 if each else None), randomness="different")
-        return over(self.parameters, self.buffers, x)
+        return over(self.named, self.buffers, x)
+
+    def parameters(self) -> list[Tensor]:
+        return self.leaves
 
     @contextlib.contextmanager
     def buffers_kept(self) -> Iterator[None]:
@@ -279,10 +292,12 @@ def _autocast(forward: Callable, precision: str) -> Callable:
     if precision != "bf16":
         return forward
 
-    def run(x: Tensor, **options) -> Tensor:
+    def run(x: Tensor, **options) -> Tensor | tuple[Tensor, ...]:
         with torch.autocast(x.device.type, torch.bfloat16):
-            return forward(x, **options).to(x.dtype)
+            out = forward(x, **options)
+        return out.to(x.dtype) if isinstance(out, Tensor) else tuple(one.to(x.dtype) for one in out)
 
+    run.parameters = forward.parameters
     return run
 
 

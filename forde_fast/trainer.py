@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from forde_fast import graph, second_order, validation
 from forde_fast.choice import choose
 from forde_fast.ensemble import Ensemble, evaluation_mode, split_row
-from forde_fast.methods import Method, resolve
+from forde_fast.methods import Method, check_lengthscale, resolve
 from forde_fast.repulsion import check_backend
 from forde_fast.spaces import InputGradients
 from forde_fast.step import MEASURED, RATIO_EVERY, SGD, Log, Objective, State, descend_, gradient, init, update
@@ -43,8 +43,8 @@ class Position(NamedTuple):
 class Trainer:
     """Trains an ensemble in place. The defaults are those of the published runs.
 
-    method            "de", "forde", or a Method
-    lengthscale       of the particles' space; None: the identity
+    method            the name of one of `methods.METHODS` ("de", "forde", "weight-rde", ...), or a Method
+    lengthscale       of the particles' space; None: the method's own, which is the identity if it has none
     repulsion_weight  w. R carries 1/B where a posterior of N points has 1/N: w B / N is the power of the
                       posterior's repulsion; keep w / B fixed when the batch changes
     eps               added to the squared norm of a particle
@@ -98,9 +98,10 @@ class Trainer:
         validation.positive(eps, "eps")
         validation.positive(lr, "lr")
         check_backend(backend)
-        fits = lengthscale is None or (hasattr(lengthscale, "coordinates") and hasattr(lengthscale, "product"))
-        got = type(lengthscale).__name__
-        expect(fits, "lengthscale", "None or a lengthscale such as Identity() or PCA.fit(images)", got, TypeError)
+        check_lengthscale(lengthscale)
+        method = resolve(method)
+        lengthscale = method.lengthscale if lengthscale is None else lengthscale
+        getattr(method.space, "check", lambda ensemble: None)(ensemble)
         expect(callable(loss), "loss", "a callable (outputs, y) -> []", loss, TypeError)
         given = optimizer is None or callable(optimizer)
         expect(given, "optimizer", "a callable that takes parameters", type(optimizer).__name__, TypeError)
@@ -114,7 +115,7 @@ class Trainer:
         self._recorder = None
         self._strategy = Strategy("loop", members_at_a_time, precision)  # `strategy` goes into it at the first step
         self.ensemble = ensemble
-        self.objective = Objective(resolve(method), lengthscale, repulsion_weight, eps, backend, loss,
+        self.objective = Objective(method, lengthscale, repulsion_weight, eps, backend, loss,
                                    repulsion_every, repulsion_samples)  # fmt: skip
         # where nothing repels there is no second-order pass, and training stays plain PyTorch's to the byte
         self._accelerate = accelerate and self.objective.repels(len(ensemble))

@@ -125,8 +125,8 @@ def test_verify_and_info(capsys, monkeypatch):
 
 
 BAD = [
-    (["--model", "vgg"], "model: expected one of mlp, cnn, resnet18, got 'vgg'"),
-    (["--method", "svgd"], "method: expected one of de, forde-identity"),
+    (["--model", "vgg"], "model: expected one of mlp, cnn, resnet18, preactresnet18, got 'vgg'"),
+    (["--method", "svgd"], "method: expected one of de, weight-rde"),
     (
         ["--data", "mnist"],
         "data: expected one of fashion-mini, digits, fashion-mnist, cifar10, cifar100, folder, npz, table, got",

@@ -6,7 +6,7 @@ from torch import nn
 
 from forde_fast import models
 
-SMALL = {"mlp": 6, "cnn": 2, "resnet18": 2}
+SMALL = {"mlp": 6, "cnn": 2, "resnet18": 2, "preactresnet18": 2}
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +26,10 @@ def small(name, in_shape=(2, 6, 6)):
 def test_resnet18_has_the_published_number_of_parameters():
     with torch.device("meta"):
         model = models.resnet18()
+        preact = models.preactresnet18()
     assert sum(p.numel() for p in model.parameters()) == 11_173_962
+    # TinyImageNet's 200 classes; no BatchNorm at the stem or on shortcuts, one before the head
+    assert sum(p.numel() for p in preact.parameters()) == 11_269_640
 
 
 @pytest.mark.parametrize("name", models.MODELS)
@@ -121,7 +124,7 @@ def test_gradgradcheck(name):
         (lambda: models.mlp(num_classes=0), "num_classes: expected an integer of at least 1, got 0"),
         (lambda: models.mlp(hidden=(8, 0)), "hidden: expected an integer of at least 1, got 0"),
         (lambda: models.mlp(in_shape=(28, 28)), "in_shape: expected (C, H, W)"),
-        (lambda: models.make("vgg", 10, (1, 8, 8)), "name: expected one of mlp, cnn, resnet18, got 'vgg'"),
+        (lambda: models.make("vgg", 10, (1, 8, 8)), "name: expected one of mlp, cnn, resnet18, preactresnet18, got"),
         (lambda: models.make("cnn", 10, (1, 0, 8)), "in_shape: expected (C, H, W)"),
         (lambda: models.make("mlp", 10, (1, 8, 8), 0), "width: expected an integer of at least 1, got 0"),
     ],

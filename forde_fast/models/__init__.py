@@ -3,11 +3,12 @@
 from torch import nn
 
 from forde_fast.models.init import check_in_shape, check_positive, haiku_init_
+from forde_fast.models.preact_resnet import preactresnet18
 from forde_fast.models.resnet import resnet18
 from forde_fast.models.small import cnn, mlp
 from forde_fast.validation import one_of
 
-__all__ = ["MODELS", "cnn", "haiku_init_", "make", "mlp", "resnet18"]
+__all__ = ["MODELS", "cnn", "haiku_init_", "make", "mlp", "preactresnet18", "resnet18"]
 
 
 def _mlp(num_classes, in_shape, width=128):
@@ -22,8 +23,12 @@ def _resnet18(num_classes, in_shape, width=64):
     return resnet18(width, num_classes, in_shape[0])
 
 
+def _preactresnet18(num_classes, in_shape, width=64):
+    return preactresnet18(width, num_classes, in_shape[0])
+
+
 # name -> builder(num_classes=, in_shape=(C, H, W), width=): the names of the command line
-MODELS = {"mlp": _mlp, "cnn": _cnn, "resnet18": _resnet18}
+MODELS = {"mlp": _mlp, "cnn": _cnn, "resnet18": _resnet18, "preactresnet18": _preactresnet18}
 
 
 def make(name: str, num_classes: int, in_shape: tuple[int, int, int], width: int | None = None) -> nn.Module:
