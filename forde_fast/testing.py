@@ -37,7 +37,7 @@ def _spread(width: float) -> Callable[[Shape, torch.Generator], Tensor]:
 
 def _clusters(shape, g):
     centres = _normal((2, *shape[1:]), g)
-    return centres[torch.arange(shape[0]) % 2] + 1e-3 * _normal(shape, g)
+    return centres[torch.arange(shape[0], device="cpu") % 2] + 1e-3 * _normal(shape, g)
 
 
 def _close_pair(width: float) -> Callable[[Shape, torch.Generator], Tensor]:

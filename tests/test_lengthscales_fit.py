@@ -248,9 +248,11 @@ def test_cosine_on_every_backend(backend):
     particles, scale = torch.randn(3, 2, 30, dtype=F64), ff.Cosine(torch.rand(2, 3, 5) * 9)
     values, vectors = torch.linalg.eigh(matrix(scale))
     wanted = ff.repulsion(particles, ff.PCA(vectors, values.clamp_min(0)), backend="reference")
+    if backend in ("triton", "cuda") and torch.cuda.is_available():
+        particles = particles.cuda()
     result = ff.repulsion(particles, scale, backend=backend)
     for part, same in zip(result, wanted, strict=True):
-        assert torch.allclose(part, same, rtol=1e-9, atol=1e-13)
+        assert torch.allclose(part.cpu(), same, rtol=1e-9, atol=1e-13)
     with pytest.raises(ValueError, match=r"^particles: expected D = 30 as the lengthscale, got 29"):
         ff.repulsion(particles[..., 1:], scale, backend=backend)
 

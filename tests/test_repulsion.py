@@ -172,7 +172,7 @@ def test_low_rank_in_stages_with_others(fast):
     particles, others = torch.randn(3, 2, 40, dtype=F64), torch.randn(2, 2, 40, dtype=F64)
     basis = make_pca(40, 6).eigenvectors
     for tail in (0.0, 0.5, 2.0):
-        scale = ff.PCA(basis, torch.linspace(3, 1, 6), tail)
+        scale = ff.PCA(basis, torch.linspace(3, 1, 6, device="cpu"), tail)
         assert (scale.factors(F64, particles.device) is None) == (tail == 2)
         for normalize in (True, False):
             d, state = ff.distances(particles, scale, others=others, normalize=normalize, backend=fast)
