@@ -6,7 +6,8 @@ of exact FoRDE, which is 2 x the faster of our own and the plain deep-ensemble s
 
 Providers take turns in one process. `lazy` is the mean over four steps with repulsion_every=4; `compiled-de` is the
 plain deep-ensemble step through torch.compile (a plain FoRDE step cannot be compiled: it differentiates twice);
-`de-graph` and `graph` are `de` and `forde` as CUDA graphs. The memory is what one step needs beyond what is held
+`de-graph` and `graph` are `de` and `forde` as CUDA graphs, `streams-graph` and its like have members on several
+streams in them. The memory is what one step needs beyond what is held
 before it. On a GPU, `of_peak` is the speed of 3 forward passes a sample, or 6 with repulsion, as a share of a large
 matrix product's.
 """
@@ -43,7 +44,8 @@ CASES = {  # model, width, members, batch, input
     "resnet18-64-1": ("resnet18", 64, 1, 128, (3, 32, 32)),
 }
 SHORT = {"cpu": "mlp,cnn,cnn-digits,resnet18-16", "cuda": "mlp,resnet18-64-10"}  # a default run: 3 minutes, 1 minute
-GRAPHS = ("de-graph", "graph")  # of a default run on a GPU
+GRAPHS = ("de-graph", "graph", "de-streams-graph", "streams-graph", "lazy-graph")  # of a default run on a GPU
+LAZY = ("lazy", "lazy-graph")
 PROVIDERS = ("plain-de", "de", "plain-forde", "forde", "stacked", "auto", "lazy")
 OPTIONAL = ("compiled-de", "plain-layers", "one-at-a-time", "streams", *GRAPHS)
 
@@ -89,6 +91,9 @@ def steps(build, members, x, y, names, precision):
         "plain-layers": {"accelerate": False},
         "de-graph": {"method": "de", "cuda_graph": True},
         "graph": {"cuda_graph": True},
+        "de-streams-graph": {"method": "de", "strategy": "streams", "cuda_graph": True},
+        "streams-graph": {"strategy": "streams", "cuda_graph": True},
+        "lazy-graph": {"repulsion_every": 4, "cuda_graph": True},
     }
     calls, trainers = {}, {}
     for name in names:
@@ -101,9 +106,10 @@ def steps(build, members, x, y, names, precision):
         else:
             own = ff.Ensemble(build, members).to(x.device)
             trainers[name] = trainer = ff.Trainer(own, lr=0.01, precision=precision, **options[name])
-            count = 4 if name == "lazy" else 1
+            count = 4 if name in LAZY else 1
             calls[name] = lambda trainer=trainer, count=count: [trainer.step(x, y) for _ in range(count)]
-            for _ in range(21 if name in GRAPHS and x.is_cuda else 0):  # until every kind of step is recorded
+            recorded = x.is_cuda and name in GRAPHS
+            for _ in range(21 * count if recorded else 0):  # until every kind of step is recorded
                 trainer.step(x, y)
     return calls, trainers
 
@@ -182,9 +188,10 @@ def measure(case: str, names, given) -> list[dict]:
     calls, trainers = steps(lambda: models.make(model, 10, shape, width), members, x, y, names, given.precision)
     flop = forward_flop(models.make(model, 10, shape, width).to(given.device), x)
     times = interleaved(calls, given.rounds, given.device)
-    if "lazy" in times:
-        times["lazy"] = [t / 4 for t in times["lazy"]]
-    de = [name for name in ("plain-de", "de") if name in times]
+    for name in LAZY:
+        times[name] = [t / 4 for t in times.get(name, [])]
+    times = {name: own for name, own in times.items() if own}
+    de = [name for name in ("plain-de", "de", "de-graph", "de-streams-graph") if name in times]
     floor = [2 * min(pair) for pair in zip(*(times[name] for name in de), strict=True)]
     rows = []
     for name in times:
@@ -196,8 +203,8 @@ def measure(case: str, names, given) -> list[dict]:
         else:
             row["peak_mb"] = round(peak_megabytes(calls[name], given.device), 1)
         if given.device == "cuda":
-            plain = members == 1 or name in ("plain-de", "compiled-de", "de", "de-graph")
-            passes = 3 if plain else 3.75 if name == "lazy" else 6
+            plain = members == 1 or name in ("plain-de", "compiled-de", "de", "de-graph", "de-streams-graph")
+            passes = 3 if plain else 3.75 if name in LAZY else 6
             row["of_peak"] = round(passes * flop * members * batch / row["ms"] * 1e3 / peak_flop(given.precision), 3)
         if floor:
             row["over_floor"] = round(ratio(times[name], floor), 3)

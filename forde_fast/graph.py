@@ -27,8 +27,6 @@ def why_not(device: torch.device, strategy: Strategy, optimizer: object) -> str:
         return "it needs a CUDA device"
     if optimizer is not None:
         return "a torch optimiser has numbers on the host that change"
-    if strategy.kind == "streams":
-        return "the strategy is streams"
     if strategy.members_at_a_time is not None:
         return "members_at_a_time sets the generators back, on the host"
     return ""

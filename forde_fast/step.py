@@ -139,7 +139,15 @@ def update(
 
 
 def descend_(parameters: Tensor, velocity: Tensor, g: Tensor, sgd: SGD) -> None:
-    """SGD's update of parameters, velocity and g [M, P], in place; torch.optim.SGD's operations in its order."""
+    """SGD's update of parameters, velocity and g [M, P], in place; torch.optim.SGD's operations in its order, on CUDA
+    its fused kernel."""
+    if parameters.is_cuda and parameters.dtype == torch.float32 and sgd.momentum:
+        rate = sgd.lr.float() if isinstance(sgd.lr, Tensor) else sgd.lr
+        torch._fused_sgd_(
+            [parameters], [g], [velocity], weight_decay=sgd.weight_decay, momentum=sgd.momentum, lr=rate,
+            dampening=0.0, nesterov=sgd.nesterov, maximize=False, is_first_step=False,
+        )  # fmt: skip
+        return
     g.add_(parameters, alpha=sgd.weight_decay)
     velocity.mul_(sgd.momentum).add_(g)
     direction = g.add_(velocity, alpha=sgd.momentum) if sgd.nesterov else velocity

@@ -56,7 +56,7 @@ class Trainer:
     loss              (outputs, y) -> [], mean over the batch
     seed              of what is random in `fit` (dropout); the loader has its own
     accelerate        swap in layers with a fast second-order pass (see `forde_fast.accelerate`, whose report is
-                      `acceleration`) where anything repels; False: leave the ensemble's layers as they are
+                      `acceleration`) where anything repels, or on a GPU; False: leave the ensemble's layers
     strategy          how the members are computed: "loop", "stacked" or "streams" (see `Strategy`), or "auto", which
                       tries a few steps of each at the first batch and takes the fastest; it is a loop for larger
                       members without repulsion and where members draw random numbers. They differ in rounding, so
@@ -68,7 +68,7 @@ class Trainer:
     cuda_graph        on CUDA, record each kind of step once and launch it as a whole from then on, with the same
                       result. What members and the loss do in Python (hooks, counters, Python's random numbers) is
                       then done only while it is recorded. Steps that cannot be recorded, because something waits
-                      for the device or with a torch optimiser, streams or members_at_a_time, are computed as usual;
+                      for the device or with a torch optimiser or members_at_a_time, are computed as usual;
                       `strategy_report` says why
     repulsion_every   k: the repulsion acts at every k-th step only, with k times its weight. The log keeps what it
                       last saw of it
@@ -117,8 +117,9 @@ class Trainer:
         self.ensemble = ensemble
         self.objective = Objective(method, lengthscale, repulsion_weight, eps, backend, loss,
                                    repulsion_every, repulsion_samples)  # fmt: skip
-        # where nothing repels there is no second-order pass, and training stays plain PyTorch's to the byte
-        self._accelerate = accelerate and self.objective.repels(len(ensemble))
+        # where nothing repels there is no second-order pass, and training on a CPU stays plain PyTorch's to the byte;
+        # on a GPU the layers pay in the first order too
+        self._accelerate = accelerate and (self.objective.repels(len(ensemble)) or ensemble.flat.is_cuda)
         self.acceleration = second_order.accelerate(ensemble) if self._accelerate else second_order.Acceleration()
         self.sgd = SGD(lr, momentum, nesterov, weight_decay)
         self.velocity = torch.zeros_like(ensemble.flat)

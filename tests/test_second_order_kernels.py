@@ -69,6 +69,21 @@ def test_passes(shape, dtype):
                 assert error <= 2 * allowed + 16 * torch.finfo(dtype).eps * good.norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_small_ones(dtype):
+    double_sums, sums, statistics = (torch.rand(n, 70, dtype=torch.float64, device=DEVICE) / 2 for n in (3, 2, 4))
+    weight = torch.randn(70, dtype=dtype, device=DEVICE)
+    got, exact = (m.norm_weight_cotangent(double_sums, sums, statistics, weight) for m in (kernels, reference))
+    torch.testing.assert_close(got, exact)
+    for tracked in (torch.tensor(4, device=DEVICE), None):
+        rows = [[torch.ones(70, dtype=dtype, device=DEVICE) * k for k in (1, 2)] for _ in range(2)]
+        counts = [None if tracked is None else tracked.clone() for _ in range(2)]
+        for module, running, count in zip((kernels, reference), rows, counts, strict=True):
+            module.norm_track_(*running, count, statistics, 0.3)
+        torch.testing.assert_close(*rows)
+        assert tracked is None or counts[0] == counts[1] == 5
+
+
 def test_they_compile_without_spills():
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, Path(__file__).with_name("aot_second_order.py")]

@@ -90,10 +90,12 @@ class Norm(Lean):
             return (None,) * 9
         x, weight, bias, z, statistics = ctx.saved_tensors
         layer = (x, weight, bias, z, statistics, ctx.relu, ctx.residual, ctx.reduce)
-        dx, (db, dw), _, *dresidual = NormBackward.apply(g, *layer)
-        dw = None if weight is None else dw.to(weight.dtype)
-        db = None if bias is None else db.to(bias.dtype)
-        return dx, dw, db, dresidual[0] if ctx.residual else None, None, None, None, None, None
+        dx, sums, *dresidual = NormBackward.apply(g, *layer)
+        db = dw = None
+        if wanted(ctx, 1) or wanted(ctx, 2):
+            db, dw = sums.to((bias if weight is None else weight).dtype)
+            db, dw = None if bias is None else db.to(bias.dtype), None if weight is None else dw
+        return dx, dw, db, dresidual[-1] if ctx.residual else None, None, None, None, None, None
 
 
 def _over_ranks(statistics: Tensor, eps: float, reduce) -> Tensor:
@@ -110,31 +112,34 @@ def _over_ranks(statistics: Tensor, eps: float, reduce) -> Tensor:
 
 @batchable
 class NormBackward(Lean):
-    """g, ... -> dx, (db, dw) as own [2, C], the same over all ranks, and dresidual where there is a residual."""
+    """g, ... -> dx, (db, dw) as own [2, C], with ranks the same over all, and dresidual where there is a residual."""
 
     @staticmethod
     def compute(kernels, g, x, weight, bias, z, statistics, relu, residual, reduce):
         layer = (x, z, statistics, weight, bias, relu)
         own = kernels.norm_backward_sums(g, *layer)
-        sums = own.clone() if reduce is alone else reduce(own)
-        dx, masked = kernels.norm_backward(g, *layer, sums, residual)
-        return (dx, own, sums, masked) if residual else (dx, own, sums)
+        everywhere = () if reduce is alone else (reduce(own),)
+        dx, masked = kernels.norm_backward(g, *layer, everywhere[0] if everywhere else own, residual)
+        return (dx, own, *everywhere, masked) if residual else (dx, own, *everywhere)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         g, x, weight, bias, z, statistics, ctx.relu, _, ctx.reduce = inputs
-        _, own, sums, *_ = output
-        ctx.mark_non_differentiable(sums)
+        own = sums = output[1]
+        if ctx.reduce is not alone:
+            sums = output[2]
+            ctx.mark_non_differentiable(sums)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(g, x, weight, bias, z, statistics, own, sums)
 
     @staticmethod
-    def backward(ctx, u, v, _, u_residual=None):
+    def backward(ctx, u, v, *rest):
+        rest = rest if ctx.reduce is alone else rest[1:]
+        u_residual = rest[0] if rest else None
         if u is None and v is None and u_residual is None:
             return (None,) * 9
-        dg, dx, dw = NormDoubleBackward.apply(u, v, u_residual, *ctx.saved_tensors, ctx.relu, ctx.reduce)
-        weight = ctx.saved_tensors[2]
-        return dg, dx, None if weight is None else dw.to(weight.dtype), None, None, None, None, None, None
+        dg, dx, *dw = NormDoubleBackward.apply(u, v, u_residual, *ctx.saved_tensors, ctx.relu, ctx.reduce)
+        return dg, dx, dw[0] if dw else None, None, None, None, None, None, None
 
 
 @batchable
@@ -153,8 +158,10 @@ class NormDoubleBackward(Lean):
             double_sums = torch.cat([double_sums, v[1] * own])
         double_sums = reduce(double_sums)
         dg, dx = kernels.norm_double_backward(u, u_residual, v, *layer, sums, double_sums)
-        dw = own_double[2] - (own_double[:2] * sums).sum(0) * statistics[2]
-        return dg, dx, dw * statistics[1]
+        if weight is None:
+            return dg, dx
+        kernels = kernels if x.is_cuda else reference
+        return dg, dx, kernels.norm_weight_cotangent(own_double, sums, statistics, weight)
 
     @staticmethod
     def setup_context(ctx, inputs, output):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
 
-from forde_fast.second_order import operators
+from forde_fast.second_order import operators, reference
 from forde_fast.second_order.functions import Convolution, Norm, alone
 
 
@@ -61,14 +61,14 @@ class BatchNorm:
 
     @torch.no_grad()
     def _track(self, statistics: Tensor) -> None:
-        momentum = 0.0 if self.momentum is None else self.momentum
-        if self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
-            if self.momentum is None:  # a tensor: the host need not wait for it
-                momentum = self.num_batches_tracked.to(self.running_mean.dtype).reciprocal()
-        mean, _, share, variance = statistics
-        for running, now in ((self.running_mean, mean), (self.running_var, variance / (1 - share))):
-            running.lerp_(now.to(running.dtype), momentum)
+        tracked, momentum = self.num_batches_tracked, self.momentum
+        own = statistics.is_cuda and momentum is not None and not torch._C._are_functorch_transforms_active()
+        if momentum is None:
+            momentum = 0.0
+            if tracked is not None:  # a tensor: the host need not wait for it
+                momentum = (tracked + 1).to(self.running_mean.dtype).reciprocal()
+        track = torch.ops.forde_fast.norm_track_ if own else reference.norm_track_
+        track(self.running_mean, self.running_var, tracked, statistics, momentum)
 
 
 class FastBatchNorm1d(BatchNorm, nn.BatchNorm1d):
@@ -97,13 +97,16 @@ class Conv:
             return super().forward(x)
         if self.channels_last and x.ndim == 4:
             x = _channels_last(x)
-        tensors = (x, self.weight, self.bias)
-        kind = x.device.type
+        kind, to, layout = x.device.type, self.weight.dtype, torch.preserve_format
+        tensors = x, self.bias
         if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
             to = torch.get_autocast_dtype(kind)
             tensors = [None if t is None else t.to(to) for t in tensors]
+        if x.is_cuda and self.channels_last and x.ndim == 4 and not torch._C._are_functorch_transforms_active():
+            layout = torch.channels_last  # brought to it once: cuDNN would do it in every pass
+        weight = self.weight.to(to, memory_format=layout)
         how = (self.stride, self.padding, self.dilation, False, (0,) * dimensions, self.groups)
-        return Convolution.apply(*tensors, how)
+        return Convolution.apply(tensors[0], weight, tensors[1], how)
 
 
 def _channels_last(x: Tensor) -> Tensor:

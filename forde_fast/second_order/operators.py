@@ -21,6 +21,12 @@ library.define(
     f"norm_double_backward(Tensor u, Tensor? u_residual, Tensor? v, Tensor g, Tensor x, Tensor? z, {_LAYER},"
     " Tensor sums, Tensor double_sums) -> (Tensor, Tensor)"
 )
+# On [rows, C] alone, for CUDA only: one launch each.
+library.define("norm_weight_cotangent(Tensor double_sums, Tensor sums, Tensor statistics, Tensor weight) -> Tensor")
+library.define(
+    "norm_track_(Tensor(a!) running_mean, Tensor(b!) running_variance, Tensor(c!)? tracked, Tensor statistics,"
+    " float momentum) -> ()"
+)
 
 
 def _sums(x, rows):
@@ -50,6 +56,6 @@ if not operators.UNUSABLE["cpp"]:
 if torch.cuda.is_available() and not operators.UNUSABLE["triton"]:
     from forde_fast.kernels import second_order as kernels
 
-    for name in OPERATIONS:
+    for name in (*OPERATIONS, "weight_cotangent", "track_"):
         library.impl(f"norm_{name}", getattr(kernels, f"norm_{name}"), "CUDA")
     TYPES["cuda"] = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

@@ -81,6 +81,21 @@ def norm_double_backward(
     return dg * mask, dx
 
 
+def norm_weight_cotangent(double_sums, sums, statistics, weight) -> Tensor:
+    """r sum u P g [C], like the weight, from the sums over the numbers that are here and those over all."""
+    means = (double_sums[:2] * sums[:2]).sum(0) * statistics[2]
+    return ((double_sums[2] - means) * statistics[1]).to(weight.dtype)
+
+
+def norm_track_(running_mean, running_variance, tracked, statistics, momentum) -> None:
+    """As PyTorch's batch normalisation keeps its running statistics, in place."""
+    mean, _, share, variance = statistics
+    for running, now in ((running_mean, mean), (running_variance, variance / (1 - share))):
+        running.lerp_(now.to(running.dtype), momentum)
+    if tracked is not None:
+        tracked.add_(1)
+
+
 def _row(values: Tensor, x: Tensor) -> Tensor:
     """[C] -> [C, 1, ...], in the type of x"""
     return values.to(x.dtype).view(-1, *[1] * (x.ndim - 2))
