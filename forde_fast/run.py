@@ -21,7 +21,7 @@ from forde_fast import models, plots
 from forde_fast.checkpoint import Checkpoints, load_ensemble, save_ensemble
 from forde_fast.config import TrainConfig
 from forde_fast.data import CorruptedFiles, Loader, Normalisation, load, stratified
-from forde_fast.data.cifar import STANDARD
+from forde_fast.data.corruptions import STANDARD
 from forde_fast.ensemble import Ensemble
 from forde_fast.evaluation import METRICS, evaluate_corruptions, mean_scores, score_corrupted, score_members
 from forde_fast.files import write

@@ -13,7 +13,8 @@ from PIL import Image
 
 from forde_fast import cli
 from forde_fast.data import CorruptedFiles, cifar, load, stratified
-from forde_fast.data.cifar import ARCHIVES, EXTRA, STANDARD, unpickle
+from forde_fast.data.cifar import ARCHIVES, unpickle
+from forde_fast.data.corruptions import EXTRA, STANDARD
 
 RANDOM = np.random.default_rng(0)
 

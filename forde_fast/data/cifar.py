@@ -16,6 +16,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
+from forde_fast.data.corruptions import CORRUPTIONS
 from forde_fast.data.download import cache, download
 from forde_fast.validation import expect
 
@@ -172,13 +173,6 @@ def unpickle(name: str, content: bytes) -> dict:
     return {key.decode("latin1") if isinstance(key, bytes) else key: value for key, value in stored.items()}
 
 
-STANDARD = (
-    "gaussian_noise", "shot_noise", "impulse_noise", "defocus_blur", "glass_blur", "motion_blur", "zoom_blur", "snow",
-    "frost", "fog", "brightness", "contrast", "elastic_transform", "pixelate", "jpeg_compression",
-)  # fmt: skip
-EXTRA = ("gaussian_blur", "saturate", "spatter", "speckle_noise")  # FoRDE's tables average all 19
-
-
 class CorruptedFiles:
     """CIFAR-10-C or CIFAR-100-C: a folder of `<corruption>.npy`, uint8 [5 N, 32, 32, 3], severity s at rows
     (s - 1) N to s N, and labels.npy [5 N]. Files are mapped, not read, and never run code.
@@ -190,7 +184,7 @@ class CorruptedFiles:
         """shape [H, W] or [H, W, C] and number of classes of the run's images."""
         self.folder = Path(folder)
         expect(self.folder.is_dir(), "corrupted_dir", "a folder of .npy files", self.folder, FileNotFoundError)
-        self.names = tuple(name for name in STANDARD + EXTRA if (self.folder / f"{name}.npy").is_file())
+        self.names = tuple(name for name in CORRUPTIONS if (self.folder / f"{name}.npy").is_file())
         got = f"none in {self.folder}"
         expect(bool(self.names), "corrupted_dir", "files such as gaussian_noise.npy", got, FileNotFoundError)
         labels = load_npy(self.folder / "labels.npy")
