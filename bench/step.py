@@ -173,7 +173,7 @@ def parts(trainer, x, y, rounds: int) -> dict[str, float]:
         result, cotangents, dead = core._repel(particles, objective)
         core._diagnose(particles, result, dead, objective.method)
         at = lap("repulsion_ms", at)
-        g, _ = graphs.pull_back(cotangents)
+        g, _ = graphs.pull_back(cotangents.__getitem__)
         at = lap("pull_back_ms", at)
         with torch.no_grad():
             core.descend_(ensemble.flat, trainer.velocity, g, trainer.sgd)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -9,12 +11,15 @@ SWEEPS = 8  # of rotations; each squares what is left off the diagonal, and 6 re
 TINY = 1e-12  # of the largest eigenvalue: below, what is left of a direction is rounding
 
 
-def directions(rows: Tensor, count: int, largest: bool = False) -> Tensor:
+def directions(
+    rows: Tensor, count: int, largest: bool = False, total: Callable[[Tensor], Tensor] = lambda sum: sum
+) -> Tensor:
     """Orthonormal combinations of the rows [M, D], in float64 [min(count, M), D]: w_q^-1/2 sum_p V_pq rows_p for the
     eigenvalues w and eigenvectors V of the rows' Gram matrix, with the smallest eigenvalues, ascending, or with the
-    largest. A direction whose eigenvalue is 0 up to rounding is 0."""
+    largest. A direction whose eigenvalue is 0 up to rounding is 0. `total` adds up sums over columns, where the rows
+    have a part of them."""
     rows = rows.double()
-    values, vectors = eigh(rows @ rows.T)
+    values, vectors = eigh(total(rows @ rows.T))
     kept = slice(len(rows) - min(count, len(rows)), None) if largest else slice(0, count)
     alive = values > TINY * values[-1]
     scales = torch.where(alive, values, 1.0).rsqrt() * alive

@@ -62,14 +62,14 @@ class Ensemble(nn.Module):
         expect(len(set(own)) == len(own), "modules", "trainable parameters of their own", common)
         self._flatten()
         self.shared = (shared,) if isinstance(shared, str) else tuple(shared)
-        self._shared = [part for layer in self.shared for part in self._parts(layer)]
-        for part in self._shared:
+        self.shared_parts = [part for layer in self.shared for part in self._parts(layer)]
+        for part in self.shared_parts:
             self.flat[:, part] = self.flat[0, part].clone()
 
     @torch.no_grad()
     def average_shared_(self, g: Tensor) -> None:
         """The gradients [M, P] of what the members have in common become their mean, in place."""
-        for part in self._shared:
+        for part in self.shared_parts:
             g[:, part] = g[:, part].mean(0)
 
     def _parts(self, layer: str) -> list[slice]:

@@ -5,6 +5,7 @@ that of the distances alone. Formulas: Trinh et al., ICLR 2024, equations 16 and
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -103,21 +104,29 @@ def check_bandwidth(bandwidth, repelling: Tensor | None = None) -> None:
         positive(bandwidth, "bandwidth")
 
 
-def kernel_rule(d: Tensor, bandwidth="median") -> tuple[Tensor, Tensor, Tensor]:
+def kernel_rule(
+    d: Tensor, bandwidth="median", groups: int | None = None, reduce: Callable[[Tensor], Tensor] | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """d [Mi, Mj, G] -> value [], c [Mi, Mj, G], bandwidth [Mj, G] ([Mi, G] where the first particle owns it).
 
     R = (1/G) sum_i [log sum_j sum_g exp(-d/h) - log G]; dR/ds_i = sum_j c_ij C (s_i - s_j) with
     c = -(2/G) p / h and p the kernel values normalised over j and g; c = 0 where d = 0.
+
+    Where d has a part of the groups, of particles that repel each other: `groups` is the number of all, and `reduce`
+    adds up the sums [Mi, 1, 1] of the parts, all that one group needs of another. The value is then that of all.
     """
-    groups = d.shape[2]
+    groups = groups or d.shape[2]
     exact = d.double()
     if isinstance(bandwidth, Rule):
         return tuple(result.to(d.dtype) for result in bandwidth.apply(exact))
     h = bandwidth_of(exact, bandwidth)
     exponents = -exact / h
-    top = exponents.amax((1, 2), keepdim=True)  # 0, unless others are given that are all far away
+    # the largest is 0, a self-distance's, unless others are given that are all far away
+    top = exponents.amax((1, 2), keepdim=True) if reduce is None else exponents.new_zeros(())
     kernel = torch.exp(exponents - top)
     rows = kernel.sum((1, 2), keepdim=True)
+    if reduce is not None:
+        rows = reduce(rows)
     value = (top + (rows / groups).log()).sum() / groups
     c = torch.where(exact == 0, 0.0, kernel / rows / h * (-2 / groups))
     return value.to(d.dtype), c.to(d.dtype), _per_particle(h.expand_as(d), bandwidth).to(d.dtype)

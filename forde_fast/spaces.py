@@ -9,9 +9,12 @@ for any module, terms across samples by BatchNorm and dropout masks included.
 and what the submodule of that name received. A space may have more than its call:
 
     stacked(forward, x, y, members)   the same of n members at once, values [n, G, D], for strategy="stacked"
-    together(values)                  of all members' values [M, G, D] -> the particles, differentiable with torch
+    together(values, total)           of all members' values [M, G, D] -> the particles, differentiable with torch;
+                                      `total` adds up sums over columns, where values have a part of them
     known(values)                     of all members' values, what a method's prior is a function of
     check(ensemble)                   raises ValueError for one that it cannot be used with
+    split                             how values of a part of the batch relate to the whole one's: "samples" (the
+                                      default) are groups, "columns" are columns, "nothing": they are the same
 """
 
 from __future__ import annotations
@@ -77,6 +80,8 @@ def _gradients(scores: Tensor, x: Tensor) -> Tensor:
 class Weights:
     """A member's trainable parameters, one particle [1, P]: weight-RDE's space (D'Angelo & Fortuin, NeurIPS 2021)."""
 
+    split = "nothing"
+
     def __call__(self, forward: Callable, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         own = [p for p in forward.parameters() if p.requires_grad]
         return forward(x), torch.cat([p.flatten() for p in own])[None]
@@ -96,6 +101,7 @@ class Outputs:
     """
 
     of: str = "logits"
+    split = "columns"
 
     def __post_init__(self):
         one_of(self.of, "of", ("logits", "probabilities"))
@@ -127,6 +133,7 @@ class Features:
     directions: int = 5
     keep: str = "smallest"
     layer: str = "head"
+    split = "columns"
 
     def __post_init__(self):
         whole(self.directions, "directions")
@@ -146,10 +153,10 @@ class Features:
         loss = F.cross_entropy(outputs, y, reduction="sum")
         return torch.autograd.grad(loss, features, retain_graph=True)[0]
 
-    def together(self, values: Tensor) -> Tensor:
+    def together(self, values: Tensor, total: Callable[[Tensor], Tensor] = lambda sum: sum) -> Tensor:
         features, slopes = values.unbind(1)
-        kept = directions(slopes.detach(), self.directions, largest=self.keep == "largest")
-        return (features.double() @ kept.T).to(values.dtype)[:, None]
+        kept = directions(slopes.detach(), self.directions, self.keep == "largest", total)
+        return total(features.double() @ kept.T).to(values.dtype)[:, None]
 
     def known(self, values: Tensor) -> Tensor:
         return values[:, 0]

@@ -157,6 +157,64 @@ def descend_(parameters: Tensor, velocity: Tensor, g: Tensor, sgd: SGD) -> None:
         parameters.add_(direction, alpha=-sgd.lr)
 
 
+class Alone:
+    """What a step asks the ranks of a mesh, where there is but this process: all members and the whole batch are
+    here, and every sum is complete. `forde_fast.distributed.Mesh` answers for several."""
+
+    def members(self, ensemble: Ensemble) -> int:
+        """M, of which `ensemble` has those of this rank."""
+        return len(ensemble)
+
+    def prepare(self, ensemble: Ensemble, strategy: str) -> None:
+        """Check what is to be trained, before any step."""
+
+    def part(self, samples: int) -> slice:
+        """Which of so many samples are this rank's."""
+        return slice(samples)
+
+    def weighted(self, loss: Callable, samples: int) -> Callable:
+        """The loss of this rank's part, so that the parts add up to the mean over the batch."""
+        return loss
+
+    def repel(
+        self, graphs: Graphs, objective: Objective, samples: int, of: int
+    ) -> tuple[Tensor, Callable, dict[str, Tensor]]:
+        """The space's values [M, G, D]; group of members -> their cotangents; what the log says of all ranks.
+
+        samples, of  so many of the batch are repelled
+        """
+        losses, values = graphs.forward()
+        objective = on_share(objective, graphs, values, samples, of)
+        particles, result, cotangents, dead = _repel(values, objective, of)
+        found = _diagnose(particles, result, dead, objective.method) | {"cross_entropy": losses.sum()}
+        return values.detach(), cotangents.__getitem__, found
+
+    def add(self, rows: Tensor) -> None:
+        """Begin to add up a gradient, in place, over the parts of the batch; a sum counts once it is `added`."""
+
+    def added(self) -> None:
+        """Wait for all sums that were begun."""
+
+    def average_shared_(self, ensemble: Ensemble, g: Tensor) -> None:
+        """The gradients [M, P] of what all members have in common become their mean, in place."""
+        ensemble.average_shared_(g)
+
+    def total(self, sum: Tensor) -> Tensor:
+        """A sum [...] over members and samples that are here -> over all."""
+        return sum
+
+    def norm(self, rows: Tensor) -> Tensor:
+        """Of the gradients of all members, rows [M, P] being of those that are here."""
+        return rows.norm()
+
+    def mean(self, numbers: Tensor) -> Tensor:
+        """Over all members and samples, numbers [M, B] being of those that are here."""
+        return numbers.mean()
+
+
+ALONE = Alone()
+
+
 @torch.enable_grad()
 def gradient(
     ensemble: Ensemble,
@@ -167,31 +225,43 @@ def gradient(
     objective: Objective,
     measure_ratio: bool = False,
     strategy: Strategy = LOOP,
+    ranks: Alone = ALONE,
 ) -> tuple[Tensor, Log]:
     """The objective's gradient [M, P] without weight decay at `parameters` [M, P], and the step's Log.
 
+    x, y      the whole batch, on every rank
     buffers   updated in place by the forward passes; None: the members' own
     strategy  how the members are computed; all strategies compute the same
+    ranks     among which members and batch are split
     """
     log = dict.fromkeys(Log._fields, parameters.new_zeros(()))
-    if not objective.repels(len(ensemble)):
-        graphs = Graphs(ensemble, parameters, buffers, x, y, objective.loss, strategy)
-        g, losses = graphs.plain()
-        ensemble.average_shared_(g)
-        return g, Log(**log | {"cross_entropy": losses.sum()})
-    n = objective.repulsion_samples if (objective.repulsion_samples or len(x)) < len(x) else None
-    graphs = Graphs(ensemble, parameters, buffers, x, y, objective.loss, strategy, objective.method.space, n)
-    losses, values = graphs.forward()
-    if values.shape[1] == n:  # a particle per sample
-        objective = replace(objective, repulsion_weight=objective.repulsion_weight * n / len(x))
-    particles, result, cotangents, dead = _repel(values, objective, len(x))
-    log |= _diagnose(particles, result, dead, objective.method) | {"cross_entropy": losses.sum()}
-    g, plain = graphs.pull_back(cotangents, measure_ratio)
+    own = ranks.part(len(x))
+    given = ensemble, parameters, buffers, x[own], y[own], ranks.weighted(objective.loss, len(x)), strategy
+    if not objective.repels(ranks.members(ensemble)):
+        g, losses = Graphs(*given).plain(ranks.add)
+        ranks.added()
+        ranks.average_shared_(ensemble, g)
+        return g, Log(**log | {"cross_entropy": ranks.total(losses.sum())})
+    n, apart = min(objective.repulsion_samples or len(x), len(x)), None
+    if n < len(x):
+        apart = x[ranks.part(n)], y[ranks.part(n)]
+    graphs = Graphs(*given, objective.method.space, apart)
+    values, cotangents, found = ranks.repel(graphs, objective, n, len(x))
+    g, plain = graphs.pull_back(cotangents, measure_ratio, ranks.add)
+    ranks.added()
     if measure_ratio:
-        log["gradient_ratio"] = (g - plain).norm() / plain.norm()
-        log |= _measure_inputs(x[:n], particles, objective.lengthscale)
-    ensemble.average_shared_(g)
-    return g, Log(**log)
+        found["gradient_ratio"] = ranks.norm(g - plain) / ranks.norm(plain)
+        found |= _measure_inputs(x[:n], values, objective.lengthscale, ranks)
+    ranks.average_shared_(ensemble, g)
+    return g, Log(**log | found)
+
+
+def on_share(objective: Objective, graphs: Graphs, values: Tensor, samples: int, of: int) -> Objective:
+    """The objective on so many samples of a batch: with as much less weight where there is a particle per sample, in
+    values [M, G, D] of those that are here, so that R's 1 / B stays."""
+    if graphs.apart is None or values.shape[1] != len(graphs.apart[0]):
+        return objective
+    return replace(objective, repulsion_weight=objective.repulsion_weight * samples / of)
 
 
 def _repel(values: Tensor, objective: Objective, batch: int) -> tuple[Tensor, Repulsion, Tensor, Tensor]:
@@ -252,11 +322,13 @@ def _diagnose(particles: Tensor, result: Repulsion, dead: Tensor, method: Method
     }
 
 
-def _measure_inputs(x: Tensor, particles: Tensor, lengthscale) -> dict[str, Tensor]:
-    """Whether the input gradients, particles [M, B, D], and the lengthscale fit the inputs x [B, ...]."""
+def _measure_inputs(x: Tensor, particles: Tensor, lengthscale, ranks: Alone) -> dict[str, Tensor]:
+    """Whether the input gradients, particles [M, B, D] of this rank's samples, and the lengthscale fit the inputs
+    x [B, ...] of all."""
     rows, found = x.detach().flatten(1), {}
-    if particles.shape[1:] == rows.shape:
-        found["input_alignment"] = F.cosine_similarity(particles, rows, dim=-1).abs().mean()
+    own = rows[ranks.part(len(rows))]
+    if particles.shape[1:] == own.shape:
+        found["input_alignment"] = ranks.mean(F.cosine_similarity(particles, own, dim=-1).abs())
     variance = getattr(lengthscale, "variance", None)
     if variance and len(rows) > 1:
         found["input_variance"] = rows.var(0).sum() / variance

@@ -62,23 +62,24 @@ class Strategy:
 LOOP = Strategy()
 
 
+def ignored(rows: Tensor) -> None:
+    """What is done with a group's rows where nobody waits for them."""
+
+
 class Graphs:
     """The autograd graphs of all members on one batch, from the parameters [M, P] to losses and particles.
 
     buffers  one dict per member, updated in place; None: the members' own
     space    of the particles; None: there are none
-    samples  the particles' own forward pass takes only the first so many; None: they share the loss's
+    apart    x, y of the particles' own forward pass; None: they share the loss's
     """
 
     def __init__(self, ensemble: Ensemble, parameters: Tensor, buffers: tuple[dict[str, Tensor], ...] | None,
                  x: Tensor, y: Tensor, loss: Callable, strategy: Strategy, space: Callable | None = None,
-                 samples: int | None = None):  # fmt: skip
-        if strategy.channels_last and x.ndim == 4:
-            x = x.contiguous(memory_format=torch.channels_last)
-        else:  # canonical strides: with others along its one channel a grey image passes for channels_last, on
-            x = x.reshape(-1).view(x.shape)  # which oneDNN's backward (torch 2.13) writes beyond its memory
-        self.ensemble, self.parameters, self.buffers = ensemble, parameters, buffers
-        self.x, self.y, self.loss, self.space, self.samples, self.strategy = x, y, loss, space, samples, strategy
+                 apart: tuple[Tensor, Tensor] | None = None):  # fmt: skip
+        self.ensemble, self.parameters, self.buffers, self.strategy = ensemble, parameters, buffers, strategy
+        self.x, self.y, self.loss, self.space = self._laid_out(x), y, loss, space
+        self.apart = apart and (self._laid_out(apart[0]), apart[1])
         stacks = strategy.kind == "stacked" and alike(ensemble)  # modes may change between steps
         self.groups = (strategy if stacks else LOOP).groups(len(ensemble))
         self.streams = _Streams(x.device if strategy.kind == "streams" and x.is_cuda else None)
@@ -86,8 +87,17 @@ class Graphs:
         self.alive: dict[int, _Graph] = {}
         self.before: dict[int, tuple] = {}  # buffers and generators, of the groups that are computed twice
 
-    def plain(self) -> tuple[Tensor, Tensor]:
-        """Without particles: the losses' gradients [M, P] and the losses [M]; one graph is alive at a time."""
+    def _laid_out(self, x: Tensor) -> Tensor:
+        if self.strategy.channels_last and x.ndim == 4:
+            return x.contiguous(memory_format=torch.channels_last)
+        # canonical strides: with others along its one channel a grey image passes for channels_last, on which
+        return x.reshape(-1).view(x.shape)  # oneDNN's backward (torch 2.13) writes beyond its memory
+
+    def plain(self, done: Callable[[Tensor], None] = ignored) -> tuple[Tensor, Tensor]:
+        """Without particles: the losses' gradients [M, P] and the losses [M]; one graph is alive at a time.
+
+        done  called with the rows of each group as soon as they are there
+        """
         g = torch.empty_like(self.parameters)
         with self._running() as on_its_stream:
             for number, group in enumerate(self.groups):
@@ -95,10 +105,11 @@ class Graphs:
                     graph = _Graph(self, group, self._buffers(group))
                     self.losses[group] = graph.losses.detach()
                     _write(g[group], graph.pull_back())
+                    done(g[group])
         return g, self.losses
 
-    def forward(self) -> tuple[Tensor, Tensor]:
-        """Losses [M] and particles [M, G, D], without graph."""
+    def forward(self, done: Callable[[Tensor], None] = ignored) -> tuple[Tensor, Tensor]:
+        """Losses [M] and particles [M, G, D], without graph. `done` is called with those of each group in turn."""
         kept, limit = len(self.groups), self.strategy.members_at_a_time
         if limit is not None:
             kept = max(1, limit // (self.groups[0].stop - self.groups[0].start))
@@ -111,17 +122,20 @@ class Graphs:
                         self.before[number] = self._copies(group), random_state(self.x.device)
                     graph = _Graph(self, group, buffers)
                     self.losses[group] = graph.losses.detach()
-                    particles.append(self.streams.shared(graph.particles.detach()))
+                    own = self.streams.shared(graph.particles.detach())
+                    particles.append(own.reshape(-1, *own.shape[-2:]))
+                    done(particles[-1])
                     if last:
                         self.alive[number] = graph
                     del graph
-        shape = particles[0].shape[-2:]
-        return self.losses, torch.cat([own.reshape(-1, *shape) for own in particles])
+        return self.losses, torch.cat(particles)
 
-    def pull_back(self, cotangents: Tensor, measure: bool = False) -> tuple[Tensor, Tensor | None]:
-        """The gradient [M, P] of the losses and, with the given cotangents [M, G, D], the particles.
+    def pull_back(self, cotangents: Callable[[slice], Tensor], measure: bool = False,
+                  done: Callable[[Tensor], None] = ignored) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """The gradient [M, P] of the losses and, with the particles' cotangents, of what these stand for.
 
-        Frees the graphs. If `measure`, the losses' gradient alone too.
+        Frees the graphs, the last group's first. If `measure`, the losses' gradient alone too, before the group's
+        cotangents [n, G, D] are asked for; `done` is called with each of a group's gradients.
         """
         g = plain = None  # until the first graph has freed what it held: all are alive now
         after = random_state(self.x.device) if self.before else None
@@ -133,9 +147,11 @@ class Graphs:
                     if measure:
                         plain = torch.empty_like(self.parameters) if plain is None else plain
                         _write(plain[group], graph.pull_back(keep=True))
-                    gradients = graph.pull_back(cotangents[group])
+                        done(plain[group])
+                    gradients = graph.pull_back(cotangents(group))
                     g = torch.empty_like(self.parameters) if g is None else g
                     _write(g[group], gradients)
+                    done(g[group])
                     del graph, gradients
         if after is not None:
             set_random_state(after, self.x.device)
@@ -164,7 +180,7 @@ class _Graph:
     """Of one group of n members: losses [] or [n], particles [G, D] or [n, G, D], and the leaves they hang on."""
 
     def __init__(self, whole: Graphs, group: slice, buffers: list[dict[str, Tensor]] | None):
-        modules, x, y, samples = list(whole.ensemble.members[group]), whole.x, whole.y, whole.samples
+        modules, x, y = list(whole.ensemble.members[group]), whole.x, whole.y
         self.size = whole.ensemble.sizes[group.start]  # of a row's entries; there are more where another is larger
         rows = whole.parameters[group, : self.size].detach()
         if len(modules) > 1:
@@ -179,13 +195,13 @@ class _Graph:
             loss, space = whole.loss, whole.space
         self.leaves, self.particles = members.leaves, None
         forward = _autocast(members, whole.strategy.precision)
-        if space is not None and samples is None:
+        if space is not None and whole.apart is None:
             outputs, self.particles = space(forward, x, y)
         else:
             outputs = forward(x)
             if space is not None:
                 with members.buffers_kept():
-                    _, self.particles = space(forward, x[:samples], y[:samples])
+                    _, self.particles = space(forward, *whole.apart)
         self.losses = loss(outputs, y)
         members.finish()
 

@@ -19,7 +19,20 @@ from forde_fast.ensemble import Ensemble, evaluation_mode, split_row
 from forde_fast.methods import Method, check_lengthscale, resolve
 from forde_fast.repulsion import check_backend
 from forde_fast.spaces import InputGradients
-from forde_fast.step import MEASURED, RATIO_EVERY, SGD, Log, Objective, State, descend_, gradient, init, update
+from forde_fast.step import (
+    ALONE,
+    MEASURED,
+    RATIO_EVERY,
+    SGD,
+    Alone,
+    Log,
+    Objective,
+    State,
+    descend_,
+    gradient,
+    init,
+    update,
+)
 from forde_fast.strategies import KINDS, Strategy, random_state, set_random_state
 from forde_fast.validation import expect
 
@@ -78,6 +91,8 @@ class Trainer:
                       passes over the network, an exact one on n: saves nothing from n = B / 2 on. Measured on a
                       CPU, n = B / 4 saves a tenth of an exact step's time for a resnet18 and nothing for a small
                       perceptron (docs/cheaper_repulsion.md): repulsion_every saves more. n >= B is exact
+    mesh              a `distributed.Mesh`: `ensemble` is then this rank's part of the members, and every rank is
+                      given the same whole batches, of which it computes its part
     """
 
     def __init__(self, ensemble: Ensemble, method: str | Method = "forde", lengthscale=None,
@@ -87,7 +102,7 @@ class Trainer:
                  loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy, seed: int = 0,
                  accelerate: bool = True, strategy: str = "loop", members_at_a_time: int | None = None,
                  precision: str = "full", repulsion_every: int = 1, repulsion_samples: int | None = None,
-                 channels_last: bool | None = None, cuda_graph: bool = False):  # fmt: skip
+                 channels_last: bool | None = None, cuda_graph: bool = False, mesh: Alone = ALONE):  # fmt: skip
         expect(isinstance(ensemble, Ensemble), "ensemble", "an Ensemble", type(ensemble).__name__, TypeError)
         for name, value in (
             ("repulsion_weight", repulsion_weight),
@@ -114,13 +129,15 @@ class Trainer:
         self._channels_last, self._cuda_graph = channels_last, cuda_graph
         self._recorder = None
         self._strategy = Strategy("loop", members_at_a_time, precision)  # `strategy` goes into it at the first step
-        self.ensemble = ensemble
+        self.ensemble, self.mesh = ensemble, mesh
+        self.members = mesh.members(ensemble)  # M; the ensemble has those of this rank
         self.objective = Objective(method, lengthscale, repulsion_weight, eps, backend, loss,
                                    repulsion_every, repulsion_samples)  # fmt: skip
         # where nothing repels there is no second-order pass, and training on a CPU stays plain PyTorch's to the byte;
         # on a GPU the layers pay in the first order too
-        self._accelerate = accelerate and (self.objective.repels(len(ensemble)) or ensemble.flat.is_cuda)
+        self._accelerate = accelerate and (self.objective.repels(self.members) or ensemble.flat.is_cuda)
         self.acceleration = second_order.accelerate(ensemble) if self._accelerate else second_order.Acceleration()
+        mesh.prepare(ensemble, strategy)
         self.sgd = SGD(lr, momentum, nesterov, weight_decay)
         self.velocity = torch.zeros_like(ensemble.flat)
         self.optimizer = None
@@ -157,7 +174,7 @@ class Trainer:
         elif not measured:
             log = log._replace(**{name: getattr(self._seen, name) for name in MEASURED})
         self.steps, self._seen = self.steps + 1, log
-        self.rows = len(self.ensemble) * len(x)
+        self.rows = self.members * len(x)
         return log
 
     def _choose(self, x: Tensor, y: Tensor) -> None:
@@ -173,6 +190,7 @@ class Trainer:
         self._recorder = None
         if self._cuda_graph:
             reason = graph.why_not(x.device, self._strategy, self.optimizer)
+            reason = reason if self.mesh is ALONE else "there are several processes"
             self._recorder = None if reason else graph.Recorder(self._update)
             self._modules = list(self.ensemble.modules())  # to walk through them takes longer than to launch
             self.strategy_report += f"; no CUDA graph: {reason}" if reason else "; CUDA graph"
@@ -180,7 +198,7 @@ class Trainer:
     def _update(self, x: Tensor, y: Tensor, rate: float | Tensor, objective: Objective, measured: bool) -> Log:
         """What a step does on the device, without waiting for it."""
         flat = self.ensemble.flat
-        g, log = gradient(self.ensemble, flat, None, x, y, objective, measured, self._strategy)
+        g, log = gradient(self.ensemble, flat, None, x, y, objective, measured, self._strategy, self.mesh)
         with torch.no_grad():
             if self.optimizer is None:
                 descend_(flat, self.velocity, g, replace(self.sgd, lr=self.sgd.lr * rate))
@@ -190,7 +208,7 @@ class Trainer:
 
     def _launch(self, x: Tensor, y: Tensor, rate: float, objective: Objective, measured: bool) -> Log:
         """`_update`, as a CUDA graph where it is recorded."""
-        measured = measured and objective.repels(len(self.ensemble))
+        measured = measured and objective.repels(self.members)
         modes = tuple(module.training for module in self._modules)
         kind = measured, objective.repulsion_weight, modes
         constants = self.objective, self.sgd, self._strategy, self.ensemble.flat, self.velocity

@@ -12,6 +12,7 @@ from torch.nn.modules import module as torch_module
 
 from forde_fast.second_order import operators, reference
 from forde_fast.second_order.functions import Convolution, Norm, alone
+from forde_fast.validation import expect
 
 
 def norm_relu(norm: nn.Module, x: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -48,7 +49,11 @@ class BatchNorm:
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.normalise(x) if self.takes(x) else super().forward(x)
+        if self.takes(x):
+            return self.normalise(x)
+        apart = self.reduce is alone or not self.training
+        expect(apart, "BatchNorm", "a batch that can be normalised over all ranks", f"{x.dtype} {list(x.shape)}")
+        return super().forward(x)
 
     def normalise(self, x: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
         self._check_input_dim(x)

@@ -1,0 +1,137 @@
+"""python mesh_cases.py FOLDER: what several gloo processes compute, for test_distributed.py.
+
+The processes start by fork, after the imports and after what one process alone computes, and go through worlds of 1
+to 4 ranks. Prints, as JSON, case -> numbers that rank 0 found.
+"""
+
+import functools
+import json
+import os
+import signal
+import sys
+import traceback
+from pathlib import Path
+
+import test_trainer
+import torch
+import torch.distributed as dist
+import torch.fx.experimental.symbolic_shapes  # autograd's first call imports it: here once, not in every child
+from test_trainer import Published, golden, published_parameters
+
+import forde_fast as ff
+from forde_fast import methods
+from forde_fast.distributed import Mesh
+from forde_fast.second_order.layers import BatchNorm
+
+test_trainer.GOLDEN = dict(test_trainer.GOLDEN)  # an open file's place would be the same for all children
+
+GRIDS = ((1, 1), (2, 1), (2, 2), (3, 1), (3, 3), (4, 1), (4, 2), (4, 4))  # ranks, data parts
+SOME = ((3, 1), (4, 2))  # members that do not divide; both split
+MEMBERS = 4
+
+
+def low_rank(tail=0.0):
+    rank = golden("eigenvectors").shape[0] // 4
+    return ff.PCA(golden("eigenvectors")[:, :rank], golden("eigenvalues")[:rank], tail)
+
+
+STEPS = 10
+
+# name -> steps, options of the trainer
+METHODS = {
+    "published": (STEPS, {"lengthscale": ff.PCA(golden("eigenvectors"), golden("eigenvalues"))}),
+    "identity": (3, {}),
+    "low rank": (3, {"lengthscale": low_rank()}),
+    "low rank and tail": (3, {"lengthscale": low_rank(0.3)}),
+    "one bandwidth": (3, {"method": ff.Method(ff.InputGradients(), bandwidth=ff.Median(over="batch"))}),
+    "first's bandwidth": (3, {"method": ff.Method(ff.InputGradients(), bandwidth=ff.Median(owner="first"))}),
+    "log-probability": (3, {"method": ff.Method(ff.InputGradients("log_probability"), normalize=False)}),
+    "some samples": (3, {"repulsion_samples": 5, "repulsion_every": 2, "repulsion_weight": 3.0}),
+    "adam": (3, {"optimizer": lambda parameters: torch.optim.Adam(parameters, lr=1e-3)}),
+} | {name: (3, {"method": name}) for name in methods.METHODS if name != "forde"}
+
+
+def train(name: str, mesh=None):
+    """The trainer after its steps, and the logs."""
+    steps, options = METHODS[name]
+    modules = [Published(float(golden("bn_eps"))).double() for _ in range(MEMBERS)]
+    for i, module in enumerate(modules):
+        module.load_state_dict({n: p[i] for n, p in published_parameters("start").items()}, strict=False)
+    if mesh is not None:
+        modules, options = modules[mesh.own], options | {"mesh": mesh}
+    published = {name: float(golden(name)) for name in ("eps", "lr", "momentum", "weight_decay")}
+    ensemble = ff.Ensemble.from_modules(modules, methods.SHARED.get(name, ()))
+    trainer = ff.Trainer(ensemble, **published, **options)
+    batches = zip(golden("images")[:steps], golden("labels"), strict=False)
+    return trainer, [trainer.step(x, y) for x, y in batches]
+
+
+def off(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((found - wanted).double().norm() / wanted.double().norm())
+
+
+def trajectory(name: str, parts: int) -> dict[str, float]:
+    """How far parameters, running statistics and logs are from one process's, at worst."""
+    mesh = Mesh(MEMBERS, parts)
+    trainer, logs = train(name, mesh)
+    alone, wanted = ALONE[name]
+    buffers = zip(trainer.ensemble.members, alone.ensemble.members[mesh.own], strict=True)
+    log, wanted = (torch.stack([torch.stack(one) for one in each]) for each in (logs, wanted))
+    if name == "low rank":  # the cosine is then that of the coordinates
+        log[:, 3] = wanted[:, 3]
+    statistics = [off(a, b) for own, other in buffers for a, b in zip(own.buffers(), other.buffers(), strict=True)]
+    return {
+        "parameters": off(mesh.gather_members(trainer.ensemble.flat), alone.ensemble.flat),
+        "statistics": max(statistics),
+        "log": float(((log - wanted).abs() / (wanted.abs() + 1e-3)).max()),
+    }
+
+
+CASES = {f"trajectory of {name}": functools.partial(trajectory, name) for name in METHODS}
+
+
+def grids_of(name: str):
+    return GRIDS if name == "trajectory of published" else SOME
+
+
+def child(rank: int, folder: Path) -> None:
+    found = {}
+    for world in sorted({world for world, _ in GRIDS if rank < world}):
+        store = dist.FileStore(str(folder / f"world{world}"), world)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
+        for name, case in CASES.items():
+            for parts in (parts for ranks, parts in grids_of(name) if ranks == world):
+                found[f"{name}: {world} ranks, {parts} parts"] = case(parts)
+        dist.destroy_process_group()
+    (folder / f"{rank}.json").write_text(json.dumps(found))
+
+
+def main(folder: Path) -> None:
+    children = set()
+    for rank in range(max(GRIDS)[0]):
+        pid = os.fork()
+        if pid == 0:
+            status = 1
+            try:
+                child(rank, folder)
+                status = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(status)
+        children.add(pid)
+    while children:
+        pid, status = os.wait()
+        children.discard(pid)
+        if status:  # the others would wait for it
+            for other in children:
+                os.kill(other, signal.SIGKILL)
+            sys.exit(f"a rank ended with {status}")
+    print((folder / "0.json").read_text())
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    BatchNorm.smallest = 0
+    ALONE = {name: train(name) for name in METHODS}
+    main(Path(sys.argv[1]))
