@@ -1,6 +1,7 @@
 """Times the published FoRDE training step (github.com/AaltoPML/FoRDE, JAX and Haiku) and ours in turn.
 
-    python bench/official_jax.py --checkout PATH [--members 2 --batch 16 --width 64 --rounds 3] [--out FOLDER]
+    python bench/official_jax.py --checkout PATH [--members 2 --batch 16 --width 64 --rounds 3]
+                                 [--precision tf32,bf16] [--out FOLDER]
 
 PATH is a checkout of that repository; none of its code is kept here. Its training program runs as it is, up to its
 last timed step: this script stands in for sacred (its settings), for its data sets (random images, so that no
@@ -8,6 +9,7 @@ torchvision is needed), and puts a clock around `jax.pmap`. Ours takes its turn 
 jax, dm-haiku and optax. Rows go to FOLDER/step.csv. A network of width 64 is the published one; else its layers'
 channels are scaled. Without eigenvectors (`data_pca_path`), both compare in the identity's lengthscale.
 
+On a GPU, JAX's products of float32 are in tf32, and our steps are CUDA graphs, in every `--precision` (two).
 On a CPU the initialisation and the step compile for minutes; JAX_COMPILATION_CACHE_DIR keeps that for the next call.
 """
 
@@ -162,30 +164,45 @@ def main() -> int:
 
     device = "cuda" if jax.default_backend() == "gpu" else "cpu"
     x, y = torch.randn(given.batch, 3, 32, 32), torch.randint(10, (given.batch,))
-    ensemble = ff.Ensemble(lambda: models.make("resnet18", 10, (3, 32, 32), given.width), given.members).to(device)
-    trainer, own, ours = ff.Trainer(ensemble, lr=0.01), [], (x.to(device), y.to(device))
+    ours = x.to(device), y.to(device)
+    trainers = {name: make_trainer(given, name, device, ours) for name in given.precision.split(",")}
+    own = {name: [] for name in trainers}
 
     def step() -> None:
-        start = time.perf_counter()
-        trainer.step(*ours)
-        if device == "cuda":
-            torch.cuda.synchronize()
-        own.append(time.perf_counter() - start)
+        for name, trainer in trainers.items():
+            start = time.perf_counter()
+            trainer.step(*ours)
+            if device == "cuda":
+                torch.cuda.synchronize()
+            own[name].append(time.perf_counter() - start)
 
-    official = official_step(given.checkout, given.members, given.width, x, y, given.rounds, step)
-    times = {"official jax": official[WARM_UP:], "forde": own[WARM_UP:]}
+    official = official_step(given.checkout, given.members, given.width, x, y, given.rounds, step)[WARM_UP:]
     rows = []
-    for name, seconds in times.items():
+    for name, seconds in {"": official, **{name: times[WARM_UP:] for name, times in own.items()}}.items():
         low, ms, high = (round(1e3 * t, 3) for t in quantiles(seconds))
-        rows.append({"provider": name, "model": "resnet18", "width": given.width, "M": given.members,
-                     "B": given.batch, "D": x[0].numel(), "precision": "full", "ms_20": low, "ms": ms, "ms_80": high,
-                     "official_over": round(ratio(times["official jax"], seconds), 3),
+        rows.append({"provider": "forde" if name else "official jax", "model": "resnet18", "width": given.width,
+                     "M": given.members, "B": given.batch, "D": x[0].numel(), "precision": name or default(device),
+                     "ms_20": low, "ms": ms, "ms_80": high, "official_over": round(ratio(official, seconds), 3),
                      "jax": jax.__version__})  # fmt: skip
         print(
-            f"{name:13} {ms:10.1f} ms   official JAX / this {rows[-1]['official_over']:7.2f}   jax {jax.__version__}"
+            "{provider:13} {precision:5} {ms:10.1f} ms   official JAX / this {official_over:7.2f}   jax {jax}".format(
+                **rows[-1]
+            )
         )
     print(append("step", rows, given.out))
     return 0
+
+
+def default(device: str) -> str:
+    return "tf32" if device == "cuda" else "full"
+
+
+def make_trainer(given, precision: str, device: str, batch) -> ff.Trainer:
+    ensemble = ff.Ensemble(lambda: models.make("resnet18", 10, (3, 32, 32), given.width), given.members).to(device)
+    trainer = ff.Trainer(ensemble, lr=0.01, precision=precision, cuda_graph=True)
+    for _ in range(21 if device == "cuda" else 0):  # until every kind of step is recorded
+        trainer.step(*batch)
+    return trainer
 
 
 def arguments():
@@ -193,6 +210,7 @@ def arguments():
     parser.add_argument("--checkout", type=Path, required=True, help="the folder of the published repository")
     for name, default in (("members", 2), ("batch", 16), ("width", 64), ("rounds", 3)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--precision", help="of our steps; default: tf32,bf16 on a GPU, else full")
     parser.add_argument("--out", type=Path, default=RESULTS, help="the folder of the CSV file")
     given = parser.parse_args()
     lacking = [name for name in FILES if not (given.checkout / name).is_file()]
@@ -201,6 +219,7 @@ def arguments():
     lacking = [name for name in ("jax", "haiku", "optax") if importlib.util.find_spec(name) is None]
     if lacking:
         parser.error(f"expected jax, dm-haiku and optax installed, got none of the name {', '.join(lacking)}")
+    given.precision = given.precision or ("tf32,bf16" if torch.cuda.is_available() else "full")
     return given
 
 

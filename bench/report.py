@@ -60,7 +60,10 @@ def table(cases: dict[tuple, dict], device: str) -> str:
         cells += [f"{_digits(some['floor_ms'])} ({some['floor']})"]
         cells += [_digits(found[p]["ratio"]) if p in found else "—" for p in fast]
         cells += [
-            next((found[p]["target"].replace(" x floor", "") for p in fast if p in found and found[p]["target"]), "")
+            next(
+                (found[p]["target"].replace(" x floor", "") for p in fast if p in found and found[p].get("target")),
+                "",
+            )
         ]
         lines.append(cells)
     return _measured_on(named, device) + "\n\n" + "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
