@@ -199,7 +199,7 @@ def default(device: str) -> str:
 
 def make_trainer(given, precision: str, device: str, batch) -> ff.Trainer:
     ensemble = ff.Ensemble(lambda: models.make("resnet18", 10, (3, 32, 32), given.width), given.members).to(device)
-    trainer = ff.Trainer(ensemble, lr=0.01, precision=precision, cuda_graph=True)
+    trainer = ff.Trainer(ensemble, lr=0.01, precision=precision)
     for _ in range(21 if device == "cuda" else 0):  # until every kind of step is recorded
         trainer.step(*batch)
     return trainer

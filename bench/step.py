@@ -89,11 +89,11 @@ def steps(build, members, x, y, names, precision):
         "lazy": {"repulsion_every": 4},
         "one-at-a-time": {"members_at_a_time": 1},
         "plain-layers": {"accelerate": False},
-        "de-graph": {"method": "de", "cuda_graph": True},
-        "graph": {"cuda_graph": True},
-        "de-streams-graph": {"method": "de", "strategy": "streams", "cuda_graph": True},
-        "streams-graph": {"strategy": "streams", "cuda_graph": True},
-        "lazy-graph": {"repulsion_every": 4, "cuda_graph": True},
+        "de-graph": {"method": "de"},
+        "graph": {},
+        "de-streams-graph": {"method": "de", "strategy": "streams"},
+        "streams-graph": {"strategy": "streams"},
+        "lazy-graph": {"repulsion_every": 4},
     }
     calls, trainers = {}, {}
     for name in names:
@@ -105,7 +105,8 @@ def steps(build, members, x, y, names, precision):
             calls[name] = autocast(lambda own=own, repels=repels: plain_step(*own, x, y, repels))
         else:
             own = ff.Ensemble(build, members).to(x.device)
-            trainers[name] = trainer = ff.Trainer(own, lr=0.01, precision=precision, **options[name])
+            options[name] |= {"precision": precision, "cuda_graph": name in GRAPHS}
+            trainers[name] = trainer = ff.Trainer(own, lr=0.01, **options[name])
             count = 4 if name in LAZY else 1
             calls[name] = lambda trainer=trainer, count=count: [trainer.step(x, y) for _ in range(count)]
             recorded = x.is_cuda and name in GRAPHS

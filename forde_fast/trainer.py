@@ -79,10 +79,10 @@ class Trainer:
     channels_last     images in that memory layout. None: on CUDA in tf32 or bf16, where every member's attribute
                       `channels_last` says that it works so, as this package's networks do
     cuda_graph        on CUDA, record each kind of step once and launch it as a whole from then on, with the same
-                      result. What members and the loss do in Python (hooks, counters, Python's random numbers) is
-                      then done only while it is recorded. Steps that cannot be recorded, because something waits
-                      for the device or with a torch optimiser or members_at_a_time, are computed as usual;
-                      `strategy_report` says why
+                      result; None: where there is CUDA. What members and the loss do in Python (hooks, counters,
+                      Python's random numbers) is then done only while it is recorded: False where that matters.
+                      Steps that cannot be recorded, because something waits for the device or with a torch
+                      optimiser or members_at_a_time, are computed as usual; `strategy_report` says why
     repulsion_every   k: the repulsion acts at every k-th step only, with k times its weight. The log keeps what it
                       last saw of it
     repulsion_samples  n: the repulsion is that of the batch's first n samples, in a forward pass of their own: a
@@ -102,7 +102,7 @@ class Trainer:
                  loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy, seed: int = 0,
                  accelerate: bool = True, strategy: str = "loop", members_at_a_time: int | None = None,
                  precision: str = "full", repulsion_every: int = 1, repulsion_samples: int | None = None,
-                 channels_last: bool | None = None, cuda_graph: bool = False, mesh: Alone = ALONE):  # fmt: skip
+                 channels_last: bool | None = None, cuda_graph: bool | None = None, mesh: Alone = ALONE):  # fmt: skip
         expect(isinstance(ensemble, Ensemble), "ensemble", "an Ensemble", type(ensemble).__name__, TypeError)
         for name, value in (
             ("repulsion_weight", repulsion_weight),
@@ -188,7 +188,7 @@ class Trainer:
         self._strategy, accelerate, self.strategy_report = choice
         self.strategy, self._accelerate = self._strategy.kind, bool(accelerate)
         self._recorder = None
-        if self._cuda_graph:
+        if x.is_cuda if self._cuda_graph is None else self._cuda_graph:
             reason = graph.why_not(x.device, self._strategy, self.optimizer)
             reason = reason if self.mesh is ALONE else "there are several processes"
             self._recorder = None if reason else graph.Recorder(self._update)
