@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+import threading
 from pathlib import Path
 
 import torch
@@ -55,42 +57,180 @@ def load_ensemble(path: str | Path, ensemble: Ensemble) -> None:
 
 
 class Checkpoints:
-    """The last KEPT states of a training in one folder, as `<step>-<SHA-256>.safetensors`.
+    """The last KEPT states of a training in one folder, each in as many pieces as there are ranks that write:
+    `<step>-<rank>of<ranks>-<SHA-256>.safetensors`.
 
-    The checksum is part of the name: it and the content appear by the same rename, whole or not at all.
+    The checksum is part of the name: it and the content appear by the same rename, whole or not at all. A state is
+    whole when all its pieces are: ranks need not wait for each other, and a kill between two pieces loses only what
+    was not whole yet. Writing happens beside the training, of a copy that `begin` makes.
     """
 
-    def __init__(self, folder: str | Path):
-        self.folder = Path(folder)
+    def __init__(self, folder: str | Path, rank: int = 0, ranks: int = 1):
+        self.folder, self.rank, self.ranks = Path(folder), rank, ranks
+        self.error: Exception | None = None  # of a write that failed; raised by the next call
+        self._writing: threading.Thread | None = None
 
-    def write(self, state: dict) -> Path:
-        """Keep `Trainer.state_dict()`; the oldest beyond KEPT go. On OSError those that were there still are."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        content = pack(state)
-        path = self.folder / f"{state['steps']:08d}-{_checksum(content)}.safetensors"
-        write(path, content)
-        for old in self.paths()[:-KEPT]:
-            old.unlink()
-        return path
+    def begin(self, state: dict, own: range | None = None, first: bool = True) -> None:
+        """Keep `Trainer.state_dict()`, of which tensors are copied before this returns; the oldest beyond KEPT go.
+
+        own    the numbers that this rank's members have among all; None: they are all
+        first  whether no rank before this one has the same members
+
+        Waits for the write before it. On OSError, raised by the next call, those that were there still are.
+        """
+        self.finish()
+        state = piece(state, range(len(state["velocity"])) if own is None else own, first)
+        copy, steps = copied(state), state["steps"]
+        self._writing = threading.Thread(target=self._write, args=(copy, steps), name="checkpoint")
+        self._writing.start()
+
+    def finish(self) -> None:
+        """Wait for what was begun. Raises OSError where it failed."""
+        if self._writing is not None:
+            self._writing.join()
+            self._writing = None
+        if self.error is not None:
+            error, self.error = self.error, None
+            raise error
+
+    def write(self, state: dict) -> None:
+        """`begin` and `finish`."""
+        self.begin(state)
+        self.finish()
+
+    def _write(self, state: dict, steps: int) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            content = pack(state)
+            name = f"{steps:08d}-{self.rank}of{self.ranks}-{_checksum(content)}.safetensors"
+            write(self.folder / name, content)
+            if self.rank == 0:
+                self._forget()
+        except Exception as error:  # whatever it is belongs to the training, not to this thread
+            self.error = error
+
+    def _forget(self) -> None:
+        """Remove what is older than the last KEPT whole states."""
+        whole = self.steps()
+        for path in self.paths() if len(whole) >= KEPT else ():
+            if _place(path)[0] < whole[-KEPT]:
+                path.unlink(missing_ok=True)
 
     def paths(self) -> list[Path]:
-        """The checkpoints, oldest first."""
-        return sorted(self.folder.glob("*-*.safetensors"))
+        """The pieces, oldest first."""
+        return sorted(path for path in self.folder.glob("*.safetensors") if _place(path) is not None)
 
-    def read(self) -> tuple[dict | None, list[Path]]:
-        """The last whole state, None where there is no checkpoint; and the damaged ones, each renamed to `.damaged`.
+    def pieces(self) -> dict[int, list[Path]]:
+        """step -> the pieces of a state that has them all, in the ranks' order."""
+        found: dict[tuple[int, int], dict[int, Path]] = {}
+        for path in self.paths():
+            step, rank, ranks = _place(path)
+            found.setdefault((step, ranks), {})[rank] = path
+        return {
+            step: [own[rank] for rank in range(ranks)] for (step, ranks), own in found.items() if len(own) == ranks
+        }
 
-        Raises ValueError where all are damaged.
+    def steps(self) -> list[int]:
+        """Of the states that have all their pieces, oldest first; what is in them was not looked at."""
+        return sorted(self.pieces())
+
+    def check(self) -> tuple[int | None, list[Path]]:
+        """The step of the last whole state, None where nothing was kept; and damaged pieces, renamed to `.damaged`.
+
+        Raises ValueError where all states are damaged.
         """
-        damaged = []
-        for path in reversed(self.paths()):
-            content = path.read_bytes()
-            if _checksum(content) == path.stem.partition("-")[2]:
-                return unpack(content), damaged
-            damaged.append(path)
-            path.rename(f"{path}.damaged")
+        damaged, pieces = [], self.pieces()
+        for step in reversed(sorted(pieces)):
+            bad = [path for path in pieces[step] if _checksum(path.read_bytes()) != path.stem.split("-")[2]]
+            if not bad:
+                return step, damaged
+            for path in bad:
+                path.rename(f"{path}.damaged")
+            damaged += bad
         expect(not damaged, "checkpoints", "one that is whole", f"only damaged ones in {self.folder}")
         return None, damaged
+
+    def read(self, step: int, own: range | None = None) -> dict:
+        """The state of a step that `check` found, of all members or, where `own` names some, with theirs alone.
+
+        The generators' states are this rank's where as many ranks wrote as there are now, else None.
+        """
+        states = []
+        for path in self.pieces()[step]:
+            state = unpack(path.read_bytes())
+            states.append(only(state, own) if own is not None else state)
+        return joined(states, self.rank if len(states) == self.ranks else None)
+
+
+def _place(path: Path) -> tuple[int, int, int] | None:
+    """Step, rank and ranks in a piece's name; None for another file."""
+    match = re.fullmatch(r"(\d{8,})-(\d+)of(\d+)-[0-9a-f]{16}", path.stem)
+    return tuple(map(int, match.groups())) if match else None
+
+
+# ---------------------------------------------------------------- pieces of a state
+
+
+def piece(state: dict, own: range, first: bool = True) -> dict:
+    """What one rank keeps of `Trainer.state_dict()`, with its members under the numbers `own` that they have among
+    all; only the generators' states where another rank has the same members and is the `first`."""
+    if not first:
+        return {**state, "ensemble": {}, "velocity": state["velocity"][:0], "members": []}
+    numbered = {}
+    for name, tensor in state["ensemble"].items():
+        members, index, rest = name.split(".", 2)
+        numbered[f"{members}.{own[int(index)]}.{rest}"] = tensor
+    return {**state, "ensemble": numbered, "members": list(own)}
+
+
+def only(state: dict, own: range) -> dict:
+    """Of a piece, the members `own`."""
+    kept = [row for row, member in enumerate(state["members"]) if member in own]
+    named = {name: tensor for name, tensor in state["ensemble"].items() if int(name.split(".", 2)[1]) in own}
+    members = [state["members"][row] for row in kept]
+    return {**state, "ensemble": named, "velocity": state["velocity"][kept], "members": members}
+
+
+def joined(pieces: list[dict], rank: int | None) -> dict:
+    """One `Trainer.state_dict()` of the members in some pieces, numbered from 0 on, with the generators' states of
+    piece `rank` (None: none fits)."""
+    rows = [row for one in pieces for row in zip(one["members"], one["velocity"], strict=True)]
+    rows.sort(key=lambda row: row[0])
+    numbers = {member: str(number) for number, (member, _) in enumerate(rows)}
+    named = {}
+    for one in pieces:
+        for name, tensor in one["ensemble"].items():
+            members, index, rest = name.split(".", 2)
+            named[f"{members}.{numbers[int(index)]}.{rest}"] = tensor
+    random = None if rank is None else pieces[rank]["random"]
+    return {**pieces[0], "ensemble": named, "velocity": torch.stack([row for _, row in rows]), "random": random}
+
+
+def read_member(folder: str | Path, index: int) -> dict[str, Tensor]:
+    """One member of the last state in a run's `checkpoints`, as a plain module's `load_state_dict` takes it.
+
+    Raises FileNotFoundError where there is none, ValueError where it is damaged or has no such member.
+    """
+    kept = Checkpoints(folder)
+    step = max(kept.steps(), default=None)
+    expect(step is not None, "folder", "a folder with checkpoints", folder, FileNotFoundError)
+    start = f"/ensemble/members.{index}."
+    for path in kept.pieces()[step]:
+        with safe_open(path, framework="pt") as file:
+            names = [name for name in file.keys() if name.startswith(start)]  # noqa: SIM118
+            found = {name.removeprefix(start): file.get_tensor(name) for name in names}
+        if found:
+            return found
+    raise ValueError(f"index: expected the number of a member in {folder}, got {index}")
+
+
+def copied(value):
+    """The same with every tensor copied to the CPU, in memory of its own."""
+    if isinstance(value, Tensor):
+        return _own(value)
+    if isinstance(value, dict):
+        return {key: copied(item) for key, item in value.items()}
+    return [copied(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def pack(state: dict) -> bytes:
@@ -99,7 +239,8 @@ def pack(state: dict) -> bytes:
 
     def strip(value, name):
         if isinstance(value, Tensor):
-            tensors[name] = _own(value)
+            alone = not value.is_cuda and value.is_contiguous() and value.untyped_storage().nbytes() == value.nbytes
+            tensors[name] = value.detach() if alone else _own(value)
             return {"tensor": name}
         if isinstance(value, dict):
             return {"dict": {key: strip(item, f"{name}/{key}") for key, item in value.items()}}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import os
 import shlex
 import signal
 import sys
@@ -23,10 +24,13 @@ COMPARED = "de,forde-identity,forde-pca,forde-tuned"
 
 
 class Parser(argparse.ArgumentParser):
-    """One line for bad input, and exit status 2."""
+    """One line for bad input, and exit status 2; of several processes, one says it."""
 
     def error(self, message: str):
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+
+    def exit(self, status: int = 0, message: str | None = None):
+        super().exit(status, message if _rank() == 0 else None)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -195,6 +199,11 @@ def _info(command):
     return call
 
 
+def _rank() -> int:
+    """Of this process among those that torchrun started."""
+    return int(os.environ.get("RANK", "0"))
+
+
 COMMANDS = {
     "train": _train,
     "compare": _compare,
@@ -235,6 +244,7 @@ def _new_run(options, settings: dict):
     from forde_fast.config import FIELDS, TrainConfig, resumed
     from forde_fast.run import Run
 
+    options.resume |= int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0  # torchrun --max-restarts
     if options.resume:
         settings = resumed(settings, Path(settings.get("out", FIELDS["out"].default)))
     run = Run(TrainConfig(**settings))
@@ -252,9 +262,10 @@ def _before_work(options, prepare):
 
 def _train_run(options, run, again: str) -> dict:
     """Train with a line of progress; what stops it is one line that says how to go on."""
+    from forde_fast import distributed
     from forde_fast.signals import Interrupted
 
-    say = functools.partial(print, file=sys.stderr)
+    say = functools.partial(print, file=sys.stderr) if _rank() == 0 else lambda text: None
     if run.finished:
         say(f"{run.folder}: this run is finished, there is nothing to resume")
         return run.train(resume=True)
@@ -273,12 +284,25 @@ def _train_run(options, run, again: str) -> dict:
         name = signal.Signals(stop.number).name
         options.parser.exit(128 + stop.number, f"interrupted by {name}, all is kept; go on with: {again}\n")
     except OSError as error:
-        options.parser.exit(1, f"{options.parser.prog}: error: {error}; go on with: {again}\n")
+        _stop(options, f"{error}; go on with: {again}")
     except ValueError as error:  # numbers that are no longer finite
-        options.parser.exit(1, f"{options.parser.prog}: error: {error}; see: forde-fast doctor {run.folder}\n")
+        _stop(options, f"{error}; see: forde-fast doctor {run.folder}")
+    except RuntimeError as error:
+        if not distributed.lost(error):
+            raise
+        options.parser.exit(1, f"{options.parser.prog}: another process ended; go on with: {again}\n")
+
+
+def _stop(options, reason: str) -> None:
+    """One line from the process that something happened to, and status 1."""
+    where = f" in rank {_rank()}" if _rank() else ""
+    print(f"{options.parser.prog}: error{where}: {reason}", file=sys.stderr)
+    options.parser.exit(1)
 
 
 def _show(options, results: dict[str, dict], folder) -> int:
+    if _rank():
+        return 0
     if options.json:
         print(json.dumps(results, indent=1))
         return 0

@@ -51,6 +51,8 @@ class TrainConfig:
     augment: bool = False  # random crop with padding 4, and flip
     checkpoint_every: int | None = None  # steps, besides every epoch
     tensorboard: bool = False  # write event files into the run's folder too
+    data_parts: int | None = None  # under torchrun: ranks that share a member's batch; the others share the members
+    sync_batchnorm: bool = True  # over the parts of a batch, as in one process
     seed: int = 0
     device: str = "auto"
     out: str = "runs/first"
@@ -75,6 +77,7 @@ class TrainConfig:
             "batch_size",
             "checkpoint_every",
             "repulsion_every",
+            "data_parts",
         ):
             value = getattr(self, name)
             expect(value is None or (isinstance(value, int) and value >= 1), name, "a whole number >= 1", value)
@@ -93,7 +96,9 @@ class TrainConfig:
 
 
 # What does not change what a run computes, and may be another when it is resumed.
-MOVABLE = ("data_dir", "corrupted_dir", "download", "checkpoint_every", "tensorboard", "device", "out")
+MOVABLE = (
+    "data_dir", "corrupted_dir", "download", "checkpoint_every", "tensorboard", "data_parts", "device", "out",
+)  # fmt: skip
 
 FIELDS = {field.name: field for field in dataclasses.fields(TrainConfig)}
 

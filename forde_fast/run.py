@@ -7,9 +7,10 @@ its last two states in checkpoints/.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
-from contextlib import nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from forde_fast import config as configuration
-from forde_fast import models, plots
+from forde_fast import distributed, models, plots
 from forde_fast.checkpoint import Checkpoints, load_ensemble, save_ensemble
 from forde_fast.config import TrainConfig
 from forde_fast.data import CorruptedFiles, Loader, Normalisation, load, stratified
@@ -27,10 +28,12 @@ from forde_fast.evaluation import METRICS, evaluate_corruptions, mean_scores, sc
 from forde_fast.files import write
 from forde_fast.methods import SHARED, make
 from forde_fast.signals import Interrupted, StopSignals
+from forde_fast.step import ALONE
 from forde_fast.trainer import Log, Trainer
 from forde_fast.validation import expect
 from forde_fast.watching import JSONLines, Progress, TensorBoard, append_line, check_tensorboard, keep_lines
 
+FAILED = 255  # what a rank says whose checkpoint could not be written, among the numbers of signals
 CORRUPTIONS = ("gaussian_noise", "shot_noise", "gaussian_blur", "contrast", "brightness", "pixelate")
 FILES = ("config.toml", "log.jsonl", "epochs.jsonl", "checkpoints", "checkpoint.safetensors", "metrics.json")
 
@@ -43,11 +46,18 @@ class Run:
         if config.tensorboard:
             check_tensorboard()
         self.folder = Path(config.out)
-        self.checkpoints = Checkpoints(self.folder / "checkpoints")
         self.state: dict | None = None
         self.damaged: list[Path] = []
         self._prepared = False
         self.device = _device(config.device)
+        self.mesh, self._shared = ALONE, SHARED.get(config.method, ()) if config.repulsion_weight else ()
+        if distributed.launched():
+            parts = config.data_parts or distributed.best_parts(
+                config.members, distributed.ranks(), config.batch_size
+            )
+            self.mesh = distributed.Mesh(config.members, parts, config.sync_batchnorm, self.device.type)
+        self._own = range(config.members)[self.mesh.own]
+        self.checkpoints = Checkpoints(self.folder / "checkpoints", self.mesh.rank, self.mesh.ranks)
         self.data = load(config.data, config.data_dir, config.download)
         parts = []
         for part, size in (("train", config.train_size), ("test", config.test_size)):
@@ -70,13 +80,11 @@ class Run:
             expect(not self.data.table, "corrupted_dir", "none for a table of features", config.corrupted_dir)
             pixels, classes = tuple(self.images.shape[1:]), len(self.data.classes)
             self.corrupted_files = CorruptedFiles(config.corrupted_dir, pixels, classes)
-        self._make_ensemble = lambda: Ensemble(
-            lambda: models.make(config.model, len(self.data.classes), shape, config.width),
-            config.members,
-            config.seed,
-            SHARED.get(config.method, ()) if config.repulsion_weight else (),
-        ).to(self.device)
-        self.ensemble = self._make_ensemble()
+        self._make_model = lambda: models.make(config.model, len(self.data.classes), shape, config.width)
+        if self.mesh is ALONE:
+            self.ensemble = self._make_ensemble()
+        else:
+            self.ensemble = self.mesh.ensemble(self._make_model, config.seed, self._shared).to(self.device)
         self.strength = config.repulsion_weight * len(self.images) / min(config.batch_size, len(self.images))
 
     def prepare(self, resume: bool = False) -> None:
@@ -87,16 +95,28 @@ class Run:
         """
         if self._prepared:
             return
+        step, damaged = self.mesh.told(lambda: self._look(resume))
+        self.damaged = [Path(path) for path in damaged]
+        if step is not None:
+            self.state = self.checkpoints.read(step, self._own)
+            self.ensemble.check_state(self.state["ensemble"])
+        self._prepared = True
+
+    def _look(self, resume: bool) -> tuple[int | None, list[str]]:
+        """The step from which to go on, and damaged checkpoints."""
         expect(not self.folder.is_file(), "out", "a folder", f"the file {self.folder}", FileExistsError)
         if not resume:
             held = [name for name in FILES if (self.folder / name).exists()]
             got = f"{self.folder}, which holds {', '.join(held)} (--resume goes on with it)"
             expect(not held, "out", "a folder without a run", got, FileExistsError)
-        elif not self.finished:
-            self.state, self.damaged = self.checkpoints.read()
-            if self.state is not None:
-                self.ensemble.check_state(self.state["ensemble"])
-        self._prepared = True
+        if not resume or self.finished:
+            return None, []
+        step, damaged = self.checkpoints.check()
+        return step, [str(path) for path in damaged]
+
+    def _make_ensemble(self) -> Ensemble:
+        config = self.config
+        return Ensemble(self._make_model, config.members, config.seed, self._shared).to(self.device)
 
     @property
     def finished(self) -> bool:
@@ -110,19 +130,28 @@ class Run:
 
         A checkpoint is kept after every epoch and every `checkpoint_every` steps, and when SIGINT or SIGTERM
         ask to stop, which then raises `signals.Interrupted`. Errors besides those of `prepare`: OSError.
+
+        Of several processes, started by torchrun, each keeps its part, and all stop when one is asked to. The first
+        alone evaluates and writes what is not a checkpoint; the others return {}.
         """
         self.prepare(resume)
         if self.finished:
             return json.loads((self.folder / "metrics.json").read_text(encoding="utf-8"))
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write(self.folder / "config.toml", configuration.to_toml(self.config).encode())
+        if self.mesh.rank == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write(self.folder / "config.toml", configuration.to_toml(self.config).encode())
         trainer, loader = self._trainer_and_loader()
         seconds = 0.0
         if self.state is not None:
             trainer.load_state_dict(self.state)
             seconds = self.state["seconds"]
         with StopSignals() as stop:
-            seconds += self._fit(trainer, loader, stop, seconds, progress)
+            seconds += self._fit(trainer, loader, stop, seconds, progress and self.mesh.rank == 0)
+            if self.mesh.rank:
+                return {}
+            if self.mesh is not ALONE:  # all members, from what all ranks kept at the end
+                self.ensemble, self.mesh = self._make_ensemble(), ALONE
+                self.ensemble.load_state_dict(self.checkpoints.read(trainer.steps)["ensemble"])
             save_ensemble(self.folder / "checkpoint.safetensors", self.ensemble)
             self.ensemble = self._make_ensemble()  # what is scored is what was kept, in plain layers
             load_ensemble(self.folder / "checkpoint.safetensors", self.ensemble)
@@ -149,49 +178,67 @@ class Run:
             lr=config.lr,
             weight_decay=config.weight_decay,
             seed=config.seed,
+            mesh=self.mesh,
         )
         labels = self.labels.to(self.device)
         return trainer, Loader(x, labels, config.batch_size, augment=config.augment, seed=config.seed)
 
     def _fit(self, trainer: Trainer, loader: Loader, stop: StopSignals, before: float, progress: bool) -> float:
         """Train and keep checkpoints; returns the seconds that it took, `before` being those of earlier parts."""
-        start, every = time.perf_counter(), self.config.checkpoint_every
-        bar = Progress(trainer, self.config.epochs * len(loader), self.config.method) if progress else None
-        board = TensorBoard(self.folder / "tensorboard", trainer) if self.config.tensorboard else None
-        lines = JSONLines(self.folder / "log.jsonl", trainer, trainer.steps)
-        with lines, bar or nullcontext(), board or nullcontext():
+        start, every, first = time.perf_counter(), self.config.checkpoint_every, self.mesh.rank == 0
+        with ExitStack() as opened:
+            lines = board = bar = None
+            if first:
+                lines = opened.enter_context(JSONLines(self.folder / "log.jsonl", trainer, trainer.steps))
+                if progress:
+                    steps = self.config.epochs * len(loader)
+                    bar = opened.enter_context(Progress(trainer, steps, self.config.method))
+                if self.config.tensorboard:
+                    board = opened.enter_context(TensorBoard(self.folder / "tensorboard", trainer))
+            on_steps = [call for call in (lines, bar, board and board.on_step) if call is not None]
 
             def keep() -> None:
-                lines.flush()
-                self.checkpoints.write({**trainer.state_dict(), "seconds": before + time.perf_counter() - start})
+                if first:
+                    lines.flush()
+                state = {**trainer.state_dict(), "seconds": before + time.perf_counter() - start}
+                self.checkpoints.begin(state, self._own, self.mesh.column == 0)
+
+            def go_on(due: bool) -> None:
+                """Keep what is due, and stop all ranks where one has to."""
+                asked = self.mesh.agree(FAILED if self.checkpoints.error else stop.number)
+                if asked == FAILED:
+                    self.checkpoints.finish()
+                    raise OSError("another rank could not keep its checkpoint")
+                if due or asked:
+                    keep()
+                if asked:
+                    self.checkpoints.finish()
+                    self.mesh.wait()
+                    raise Interrupted(asked)
 
             def on_step(epoch: int, log: Log) -> None:
-                lines(epoch, log)
-                if bar is not None:
-                    bar(epoch, log)
-                if board is not None:
-                    board.on_step(epoch, log)
-                if stop.number or (every and trainer.steps % every == 0):
-                    keep()
-                if stop.number:
-                    raise Interrupted(stop.number)
+                for call in on_steps:
+                    call(epoch, log)
+                go_on(every is not None and trainer.steps % every == 0)
 
             def on_epoch(epoch: int, mean: Log) -> None:
-                if board is not None:
-                    board.on_epoch(epoch, mean)
                 numbers = {"step": trainer.steps, "epoch": epoch, "cross_entropy": float(mean.cross_entropy)}
                 if len(self.valid_labels):
                     scores = self._validate()
                     numbers |= {f"validation_{name}": scores[name] for name in METRICS}
-                append_line(self.folder / "epochs.jsonl", numbers)
-                keep()
-                if stop.number:
-                    raise Interrupted(stop.number)
+                if board is not None:
+                    board.on_epoch(epoch, mean)
+                if first:
+                    append_line(self.folder / "epochs.jsonl", numbers)
+                go_on(True)
 
-            whole = trainer.position.batch == 0  # else the epoch's line, if there is one, comes again
-            keep_lines(self.folder / "epochs.jsonl", trainer.steps - (not whole))
+            if first:
+                whole = trainer.position.batch == 0  # else the epoch's line, if there is one, comes again
+                keep_lines(self.folder / "epochs.jsonl", trainer.steps - (not whole))
             stop.waits = True
             trainer.fit(loader, self.config.epochs, on_step=on_step, on_epoch=on_epoch)
+            self.checkpoints.finish()
+            self.mesh.wait()
             stop.waits = False
         return time.perf_counter() - start
 
@@ -225,7 +272,8 @@ class Run:
     def predict(self, images: Tensor | np.ndarray) -> Tensor:
         """uint8 images [N, H, W] or [N, H, W, C], or features -> the members' probabilities [M, N, K]."""
         images = torch.from_numpy(np.array(images)) if isinstance(images, np.ndarray) else images
-        return self.ensemble.predict_members(self.normalisation(images).to(self.device)).cpu()
+        own = self.ensemble.predict_members(self.normalisation(images).to(self.device))
+        return self.mesh.gather_members(own).cpu()
 
     def log(self) -> list[dict]:
         """What log.jsonl holds: one dict per step."""
@@ -261,6 +309,8 @@ def open_run(folder: str | Path, data_dir: str | None = None) -> Run:
 def _device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and distributed.launched():  # one for each process of this machine
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
         torch.empty(1, device=device)

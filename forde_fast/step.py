@@ -161,6 +161,9 @@ class Alone:
     """What a step asks the ranks of a mesh, where there is but this process: all members and the whole batch are
     here, and every sum is complete. `forde_fast.distributed.Mesh` answers for several."""
 
+    rank, ranks, column = 0, 1, 0
+    own = slice(None)  # of the members
+
     def members(self, ensemble: Ensemble) -> int:
         """M, of which `ensemble` has those of this rank."""
         return len(ensemble)
@@ -210,6 +213,21 @@ class Alone:
     def mean(self, numbers: Tensor) -> Tensor:
         """Over all members and samples, numbers [M, B] being of those that are here."""
         return numbers.mean()
+
+    def gather_members(self, rows: Tensor) -> Tensor:
+        """rows [M, ...] of the members that are here -> of all."""
+        return rows
+
+    def agree(self, number: int) -> int:
+        """What all ranks do next, if one of them gave a number other than 0."""
+        return number
+
+    def told(self, call: Callable[[], object]) -> object:
+        """What `call` returns where the first rank runs."""
+        return call()
+
+    def wait(self) -> None:
+        """Until all ranks are here."""
 
 
 ALONE = Alone()

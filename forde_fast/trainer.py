@@ -257,7 +257,7 @@ class Trainer:
     def _fit_epoch(self, loader, epoch: int, rate: float, on_step, random: list[Tensor]) -> None:
         device, loader_epoch = self.ensemble.flat.device, getattr(loader, "epoch", None)
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(int(np.random.SeedSequence([self.seed, self.epochs]).generate_state(1)[0]))
+            torch.manual_seed(self._mixed_seed())
             batches = iter(loader)
             if self.position.batch:  # go on within the epoch: what is done is read again, for the order's sake
                 for _ in itertools.islice(batches, self.position.batch):
@@ -269,6 +269,11 @@ class Trainer:
                 self.position = Position(epoch, self.position.batch + 1, loader_epoch)
                 if on_step is not None:
                     on_step(epoch, log)
+
+    def _mixed_seed(self, *more: int) -> int:
+        """Of what is random from here on: ranks with other samples or members draw other numbers."""
+        numbers = [self.seed, self.epochs, *more, *([self.mesh.rank] if self.mesh.rank else [])]
+        return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
     def state_dict(self) -> dict:
         """All that the rest of the training hangs on: tensors (not copied), numbers, and dicts and lists of them.
@@ -294,7 +299,8 @@ class Trainer:
     def load_state_dict(self, state: dict) -> None:
         """Go on from where `state` was taken, of a trainer with the same ensemble, method and optimiser.
 
-        Raises ValueError, with nothing changed, for another ensemble or another kind of optimiser.
+        `state["random"]` may be None: masks are then drawn anew. Raises ValueError, with nothing changed, for another
+        ensemble or another kind of optimiser.
         """
         self.ensemble.check_state(state["ensemble"])
         kinds = ["torch's" if own else "this trainer's SGD" for own in (self.optimizer, state["optimizer"])]
@@ -306,13 +312,20 @@ class Trainer:
             numbered = {int(index): own for index, own in state["optimizer"]["state"].items()}  # JSON's keys are text
             self.optimizer.load_state_dict({**state["optimizer"], "state": numbered})
         self.steps, self.epochs, self.seed = state["steps"], state["epochs"], state["seed"]
-        self.position, self._random = Position(*state["position"]), state["random"]
+        self.position, self._random = Position(*state["position"]), state["random"] or self._drawn_anew()
         self._seen = Log(*state["seen"].to(self.ensemble.flat.device, copy=True))
         self.strategy, self.strategy_report = state["strategy"], ""  # how the interrupted run was computed
         if self._accelerate and not state["accelerate"]:
             second_order.decelerate(self.ensemble)
             self._accelerate = False
         self._log_sum = state["log_sum"].to(self._log_sum, copy=True)
+
+    def _drawn_anew(self) -> list[Tensor]:
+        """Generators' states for a training that was split among other ranks before."""
+        device = self.ensemble.flat.device
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(self._mixed_seed(self.steps))
+            return random_state(device)
 
     def _step_with_optimizer(self, g: Tensor, rate: float) -> None:
         for row, member in zip(g, self.ensemble.members, strict=True):

@@ -42,7 +42,7 @@ class JSONLines:
     def flush(self) -> None:
         """Write all that is waiting, to the disk."""
         waiting, self._waiting = self._waiting, []
-        fields = Log._fields if self.trainer.objective.repels(len(self.trainer.ensemble)) else Log._fields[:1]
+        fields = Log._fields if self.trainer.objective.repels(self.trainer.members) else Log._fields[:1]
         for step, epoch, rows, log in waiting:
             numbers = dict(zip(fields, log.tolist(), strict=False))
             self._file.write(json.dumps({"step": step, "epoch": epoch, "rows": rows, **numbers}) + "\n")
@@ -107,7 +107,7 @@ class Progress:
             self._shown = time.monotonic()
             speed = (self.trainer.steps - self._first) * self.trainer.rows / (self._shown - self._begun)
             fields["rate"] = f"{speed:,.0f} members x images/s"
-            fields["loss"] = f"loss {float(log.cross_entropy) / len(self.trainer.ensemble):.3f}"
+            fields["loss"] = f"loss {float(log.cross_entropy) / self.trainer.members:.3f}"
         self._bar.update(self._task, advance=1, **fields)
 
     def __enter__(self) -> Progress:

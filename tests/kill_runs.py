@@ -61,8 +61,7 @@ def main(folder: Path, count: int) -> None:
                 path.unlink()
             continue
         killed += 1
-        paths = Checkpoints(one / "checkpoints").paths()
-        steps.append(int(paths[-1].name[:8]) if paths else -1)
+        steps.append(max(Checkpoints(one / "checkpoints").steps(), default=-1))
         assert finished(start(one, True)), one
         for name, content in zip(("checkpoint.safetensors", "log.jsonl"), wanted, strict=True):
             assert (one / name).read_bytes() == content, f"{one / name} after a kill at {steps[-1]}"

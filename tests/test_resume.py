@@ -122,24 +122,24 @@ def test_states_come_back_as_they_were(tmp_path):
 
 def test_the_last_two_are_kept_and_a_damaged_one_is_passed_over(tmp_path):
     one, kept = trainer(), Checkpoints(tmp_path / "checkpoints")
-    assert kept.read() == (None, [])
+    assert kept.check() == (None, [])
     for _ in range(4):
         one.step(*LOADERS["list"]()[0])
         kept.write(one.state_dict())
     first, last = kept.paths()
     assert (first.name[:8], last.name[:8]) == ("00000003", "00000004")
-    assert kept.read()[0]["steps"] == 4
+    assert kept.check() == (4, [])
+    assert kept.read(4)["steps"] == 4
     content = bytearray(last.read_bytes())
     content[-5] ^= 1
     last.write_bytes(content)
-    state, damaged = kept.read()
-    assert (state["steps"], damaged) == (3, [last])
+    assert kept.check() == (3, [last])
     kept.write({**one.state_dict(), "steps": 5})
     assert [path.name[:8] for path in kept.paths()] == ["00000003", "00000005"]  # the damaged one counts no more
     for path in kept.paths():
         path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(ValueError, match=r"^checkpoints: expected one that is whole, got only damaged ones in "):
-        kept.read()
+        kept.check()
 
 
 @pytest.fixture

@@ -708,9 +708,9 @@ def test_labels_are_looked_at_for_other_losses_too(y):
 
 
 BAD_ARGUMENTS = [
-    ({"method": "fordes"}, ValueError, r"^method: expected one of de, forde, got 'fordes'"),
-    ({"method": None}, ValueError, r"^method: expected one of de, forde, got None"),
-    ({"method": ["de"]}, ValueError, r"^method: expected one of de, forde, got \['de'\]"),
+    ({"method": "fordes"}, ValueError, r"^method: expected one of de, forde, weight-rde, .*, got 'fordes'"),
+    ({"method": None}, ValueError, r"^method: expected one of de, forde, weight-rde, .*, got None"),
+    ({"method": ["de"]}, ValueError, r"^method: expected one of de, forde, weight-rde, .*, got \['de'\]"),
     ({"backend": "cude"}, ValueError, r"^backend: expected one of auto, reference, cpp, triton"),
     ({"lr": 0}, ValueError, r"^lr: expected a finite number > 0, got 0"),
     ({"lr": -0.1}, ValueError, r"^lr: expected a finite number > 0, got -0.1"),

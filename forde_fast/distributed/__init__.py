@@ -1,5 +1,6 @@
 """Members and batch split over processes: `torchrun --nproc-per-node 4 -m forde_fast train ...`."""
 
-from forde_fast.distributed.mesh import Mesh, launched
+from forde_fast.distributed.mesh import Mesh
+from forde_fast.distributed.parts import best_parts, launched, lost, ranks
 
-__all__ = ["Mesh", "launched"]
+__all__ = ["Mesh", "best_parts", "launched", "lost", "ranks"]

@@ -7,7 +7,7 @@ whole gradients go, is of neighbours, most often within one machine; only input 
 
 from __future__ import annotations
 
-import os
+import json
 from collections.abc import Callable, Sequence
 
 import torch
@@ -24,11 +24,6 @@ from forde_fast.second_order.layers import BatchNorm
 from forde_fast.step import Alone, Objective
 from forde_fast.strategies import Graphs
 from forde_fast.validation import expect
-
-
-def launched() -> bool:
-    """Whether torchrun (or anything that sets what it sets) started this process as one of several."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "MASTER_ADDR" in os.environ
 
 
 class Mesh(Alone):
@@ -59,7 +54,8 @@ class Mesh(Alone):
         rows = ranks // parts
         enough = f"at least {-(-ranks // members)}, so that each rank has one of {members} members"
         expect(rows <= members, "data_parts", enough, parts)
-        self.total_members, self.synchronise, self.ranks = members, synchronise, ranks
+        self.total_members, self.synchronise = members, synchronise
+        self.rank, self.ranks = dist.get_rank(), ranks
         self.grid = init_device_mesh(kind, (rows, parts), mesh_dim_names=("member", "data"))
         self.row, self.column = self.grid.get_local_rank("member"), self.grid.get_local_rank("data")
         self.member_group, self.data_group = self.grid.get_group("member"), self.grid.get_group("data")
@@ -67,6 +63,7 @@ class Mesh(Alone):
         self.counts = [part.stop - part.start for part in cut(members, rows)]  # members of each row
         self.own = cut(members, rows)[self.row]
         self._waiting: list[dist.Work] = []
+        self._asked: tuple[dist.Work, Tensor] | None = None
 
     def ensemble(
         self, make_model: Callable[[], nn.Module], seed: int = 0, shared: str | Sequence[str] = ()
@@ -157,6 +154,40 @@ class Mesh(Alone):
 
     # ------------------------------------------------------------ beside the step
 
+    def agree(self, number: int) -> int:
+        """The largest number that any rank gave in the call before; 0 in the first. Nobody waits for a slower rank
+        here, and all act on the same step."""
+        agreed, self._asked = self._asked, None
+        if agreed is not None:
+            agreed[0].wait()
+        own = torch.tensor([number])
+        self._asked = dist.all_reduce(own, dist.ReduceOp.MAX, async_op=True), own
+        return int(agreed[1]) if agreed is not None else 0
+
+    def told(self, call: Callable[[], object]) -> object:
+        """What `call` returns on rank 0, something that JSON has, on all ranks; or the ValueError or OSError that it
+        raises there, on all."""
+        said = b""
+        if self.rank == 0:
+            try:
+                said = json.dumps([call()]).encode()
+            except (ValueError, OSError) as error:
+                said = json.dumps({"error": str(error)}).encode()
+        length = torch.tensor([len(said)])
+        dist.broadcast(length, 0)
+        content = torch.empty(int(length), dtype=torch.uint8)
+        if said:
+            content = torch.frombuffer(bytearray(said), dtype=torch.uint8)
+        dist.broadcast(content, 0)
+        found = json.loads(bytes(content.tolist()))
+        if isinstance(found, dict):
+            raise ValueError(found["error"])
+        return found[0]
+
+    def wait(self) -> None:
+        """Until all ranks are here."""
+        self.total(torch.zeros(()))
+
     def gather_members(self, rows: Tensor) -> Tensor:
         """rows [M_own, ...] -> [M, ...] on every rank of the member group."""
         most = max(self.counts)
@@ -175,6 +206,6 @@ class Mesh(Alone):
         padded[..., : d.shape[2]] = d
         found = [torch.empty_like(padded) for _ in sizes]
         dist.all_gather(found, padded)
-        begin = int(sum(sizes[: dist.get_rank()]))
+        begin = int(sum(sizes[: self.rank]))
         whole = torch.cat([part[..., : int(size)] for part, size in zip(found, sizes, strict=True)], -1)
         return whole, slice(begin, begin + d.shape[2])

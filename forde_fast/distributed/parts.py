@@ -1,8 +1,25 @@
-"""Shares of members and samples."""
+"""Ranks, and their shares of members and samples."""
 
 from __future__ import annotations
 
+import os
+
 from forde_fast.validation import expect
+
+
+def launched() -> bool:
+    """Whether torchrun (or anything that sets what it sets) started this process as one of several."""
+    return ranks() > 1 and "MASTER_ADDR" in os.environ
+
+
+def ranks() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def lost(error: RuntimeError) -> bool:
+    """Whether an error of a collective says that another rank is gone."""
+    text = str(error)
+    return type(error).__name__.startswith("Dist") or "gloo" in text or "NCCL" in text or "Connection closed" in text
 
 
 def cut(size: int, parts: int) -> list[slice]:
