@@ -10,6 +10,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
+from forde_fast.kernels import layouts as layouts_kernels
 from forde_fast.kernels import second_order as kernels
 
 from forde_fast.second_order import reference
@@ -84,6 +85,17 @@ def test_small_ones(dtype):
         assert tracked is None or counts[0] == counts[1] == 5
 
 
+@pytest.mark.parametrize("shape", [(5, 3, 3, 3), (2, 130, 1, 1), (3, 16, 2, 5)])
+def test_layouts(shape):
+    plain = torch.randn(shape, device=DEVICE)
+    last = layouts_kernels.relayout(plain, torch.float16, True)
+    assert last.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(last, plain.half())
+    back = layouts_kernels.relayout(last, torch.float32, False)
+    assert back.is_contiguous()
+    assert torch.equal(back, plain.half().float())
+
+
 def test_they_compile_without_spills():
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, Path(__file__).with_name("aot_second_order.py")]
@@ -91,5 +103,5 @@ def test_they_compile_without_spills():
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert {row["arch"] for row in rows} == {80, 90, 100}
-    assert {row["pass"] for row in rows} == {"moments", "forward", "backward", "double"}
+    assert {row["pass"] for row in rows} == {"moments", "forward", "backward", "double", "layout"}
     assert not [row for row in rows if row["stack"] or row["registers"] > 128]

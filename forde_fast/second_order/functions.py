@@ -172,6 +172,24 @@ class NormDoubleBackward(Lean):
         raise RuntimeError("a batch normalisation here is differentiable twice, a third derivative was asked for")
 
 
+class Relayout(Lean):
+    """A convolution's weight in another type, in channels last or (not `last`) in the plain layout. PyTorch's own
+    copy to the latter reaches a seventh of a GPU's bandwidth."""
+
+    @staticmethod
+    def forward(weight, dtype, last):
+        return torch.ops.forde_fast.relayout(weight, dtype, last)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        weight, _, ctx.last = inputs
+        ctx.dtype = weight.dtype
+
+    @staticmethod
+    def backward(ctx, g):
+        return Relayout.apply(g, ctx.dtype, not ctx.last), None, None
+
+
 class Convolution(Lean):
     """aten.convolution of x and weight; `how` its stride, padding, dilation, transposed, output_padding and groups.
 

@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
 
 from forde_fast.second_order import operators, reference
-from forde_fast.second_order.functions import Convolution, Norm, alone
+from forde_fast.second_order.functions import Convolution, Norm, Relayout, alone
 from forde_fast.validation import expect
 
 
@@ -67,7 +67,7 @@ class BatchNorm:
     @torch.no_grad()
     def _track(self, statistics: Tensor) -> None:
         tracked, momentum = self.num_batches_tracked, self.momentum
-        own = statistics.is_cuda and momentum is not None and not torch._C._are_functorch_transforms_active()
+        own = statistics.is_cuda and momentum is not None and _no_transforms()
         if momentum is None:
             momentum = 0.0
             if tracked is not None:  # a tensor: the host need not wait for it
@@ -102,16 +102,17 @@ class Conv:
             return super().forward(x)
         if self.channels_last and x.ndim == 4:
             x = _channels_last(x)
-        kind, to, layout = x.device.type, self.weight.dtype, torch.preserve_format
+        kind, weight = x.device.type, self.weight
         tensors = x, self.bias
         if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
             to = torch.get_autocast_dtype(kind)
             tensors = [None if t is None else t.to(to) for t in tensors]
-        if x.is_cuda and self.channels_last and x.ndim == 4 and not torch._C._are_functorch_transforms_active():
-            layout = torch.channels_last  # brought to it once: cuDNN would do it in every pass
-        weight = self.weight.to(to, memory_format=layout)
+        else:
+            to = weight.dtype
+        if self.channels_last and x.ndim == 4 and weight.is_cuda and "cuda" in operators.TYPES and _no_transforms():
+            weight = Relayout.apply(weight, to, True)  # once here: cuDNN would do it in every pass
         how = (self.stride, self.padding, self.dilation, False, (0,) * dimensions, self.groups)
-        return Convolution.apply(tensors[0], weight, tensors[1], how)
+        return Convolution.apply(tensors[0], weight.to(to), tensors[1], how)
 
 
 def _channels_last(x: Tensor) -> Tensor:
@@ -150,6 +151,11 @@ def _watched(module: nn.Module) -> bool:
     """Whether a call of the module does more than its forward."""
     own = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return any(own) or torch_module._has_any_global_hook()
+
+
+def _no_transforms() -> bool:
+    """Whether no torch.func transform is at work, whose tensors only PyTorch's own operations take."""
+    return not torch._C._are_functorch_transforms_active()
 
 
 def _plain_eager(x) -> bool:

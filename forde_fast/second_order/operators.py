@@ -21,7 +21,9 @@ library.define(
     f"norm_double_backward(Tensor u, Tensor? u_residual, Tensor? v, Tensor g, Tensor x, Tensor? z, {_LAYER},"
     " Tensor sums, Tensor double_sums) -> (Tensor, Tensor)"
 )
-# On [rows, C] alone, for CUDA only: one launch each.
+# For CUDA only, one launch each. A convolution's weight in another type, in channels last or (not `last`) not:
+library.define("relayout(Tensor x, ScalarType dtype, bool last) -> Tensor")
+# On [rows, C] alone:
 library.define("norm_weight_cotangent(Tensor double_sums, Tensor sums, Tensor statistics, Tensor weight) -> Tensor")
 library.define(
     "norm_track_(Tensor(a!) running_mean, Tensor(b!) running_variance, Tensor(c!)? tracked, Tensor statistics,"
@@ -54,8 +56,10 @@ TYPES: dict[str, tuple[torch.dtype, ...]] = {}
 if not operators.UNUSABLE["cpp"]:
     TYPES["cpu"] = (torch.float32, torch.float64)
 if torch.cuda.is_available() and not operators.UNUSABLE["triton"]:
+    from forde_fast.kernels import layouts
     from forde_fast.kernels import second_order as kernels
 
+    library.impl("relayout", layouts.relayout, "CUDA")
     for name in (*OPERATIONS, "weight_cotangent", "track_"):
         library.impl(f"norm_{name}", getattr(kernels, f"norm_{name}"), "CUDA")
     TYPES["cuda"] = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
