@@ -1,4 +1,4 @@
-"""The command line: forde-fast train | compare | evaluate | verify | bench | info."""
+"""The command line: forde-fast train | compare | evaluate | corrupt | doctor | verify | bench | info."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ PREFIX = {"clean": "", "validation": "v", "corrupted": "c", "corrupted_all": "a"
 LEGEND = {
     "clean": "no prefix: clean test images",
     "validation": "v: validation images",
-    "corrupted": "c: mean over corruptions at CIFAR-10-C's severities",
-    "corrupted_all": "a: the same, over all corruptions in the folder and not only the standard 15",
-    "corrupted_grey": "g: mean over corruptions at severities for grey images, which CIFAR-10-C's hardly touch",
+    "corrupted": "c: mean over the 15 standard corruptions at the 5 severities of CIFAR-10-C",
+    "corrupted_all": "a: the same over all 19, as the paper averages",
+    "corrupted_grey": "g: mean over the 4 that have harder severities for grey images, at these",
 }
 COMPARED = "de,forde-identity,forde-pca,forde-tuned"
 
@@ -86,14 +86,53 @@ def _compare(command):
 def _evaluate(command):
     """Score a trained run on clean and corrupted test images."""
     command.add_argument("run", help="the run's folder")
-    command.add_argument("--data-dir", help="the data set's folder, if it is another than in training")
+    other = "in place of what the run was trained with"
+    command.add_argument("--data-dir", help=f"the data set's folder, {other}")
+    command.add_argument("--corrupted-dir", help=f"a folder or .tar such as CIFAR-10-C, {other}")
+    command.add_argument("--ood", metavar="NAME,...", help="sets of unknown images, such as svhn, digits, noise")
+    command.add_argument("--ood-dir", help="where such a set lies that does not come with the package")
     command.add_argument("--json", action="store_true", help="print all of it as JSON")
 
     def call(options) -> int:
         from forde_fast.run import open_run
 
-        run = _before_work(options, lambda: open_run(options.run, options.data_dir))
+        names = ("data_dir", "corrupted_dir", "ood", "ood_dir")
+        run = _before_work(options, lambda: open_run(options.run, **{name: getattr(options, name) for name in names}))
         return _show(options, {run.config.method: run.evaluate()}, run.folder)
+
+    return call
+
+
+def _corrupt(command):
+    """Write corrupted copies of a data set's test images in CIFAR-10-C's layout."""
+    from forde_fast.data.corruptions import CORRUPTIONS, PRESETS
+    from forde_fast.data.datasets import DATASETS
+
+    command.add_argument("--data", default="fashion-mini", metavar="NAME", help=f"one of {', '.join(DATASETS)}")
+    command.add_argument("--data-dir", help="where a set lies that does not come with the package")
+    command.add_argument("--download", action="store_true", help="fetch it where it has a public address")
+    command.add_argument("--out", required=True, type=Path, help="the folder, such as Fashion-MNIST-C")
+    command.add_argument("--names", metavar="NAME,...", help=f"default: all, {', '.join(CORRUPTIONS)}")
+    command.add_argument("--preset", default="cifar", help=f"one of {', '.join(PRESETS)}; default: %(default)s")
+    command.add_argument("--test-size", type=int, help="only the first so many images")
+    command.add_argument("--seed", type=int, default=0)
+
+    def call(options) -> int:
+        from forde_fast.data import load, write_corrupted
+        from forde_fast.validation import expect, whole
+
+        def work():
+            data = load(options.data, options.data_dir, options.download)
+            expect(not data.table, "data", "images", "a table of features")
+            if options.test_size is not None:
+                whole(options.test_size, "test_size")
+            images, labels = (part[: options.test_size].numpy() for part in (data.test_images, data.test_labels))
+            names = options.names.split(",") if options.names else CORRUPTIONS
+            write_corrupted(options.out, images, labels, names, options.preset, options.seed, print)
+            print(f"{options.out / 'labels.npy'}\nread them with: --corrupted-dir {shlex.quote(str(options.out))}")
+
+        _before_work(options, work)
+        return 0
 
     return call
 
@@ -208,6 +247,7 @@ COMMANDS = {
     "train": _train,
     "compare": _compare,
     "evaluate": _evaluate,
+    "corrupt": _corrupt,
     "doctor": _doctor,
     "verify": _verify,
     "bench": _bench,
@@ -315,6 +355,12 @@ def _show(options, results: dict[str, dict], folder) -> int:
     _table("Accuracy in %, negative log-likelihood, calibration error of the ensemble's mean", head, rows)
     for group in shown:
         print(LEGEND[group])
+    for name, metrics in results.items():
+        for unknown, found in metrics.get("ood", {}).items():
+            total, epistemic = (
+                "AUROC {auroc:.3f}, FPR95 {fpr95:.3f}".format(**found[k]) for k in ("total", "epistemic")
+            )
+            print(f"{name} against {unknown}: {total} by total, {epistemic} by epistemic uncertainty")
     print(f"Runs and figures: {folder}")
     return 0
 

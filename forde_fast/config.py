@@ -32,7 +32,9 @@ class TrainConfig:
     train_size: int | None = None  # only the first so many training images
     test_size: int | None = None  # only the first so many test images, each scored under every corruption
     validation: float = 0.0  # share of each class's training images held out, and scored after every epoch
-    corrupted_dir: str | None = None  # CIFAR-10-C's folder, or one like it, in place of corruptions made here
+    corrupted_dir: str | None = None  # CIFAR-10-C's folder or .tar, or one like it, in place of corruptions made here
+    ood: str | None = None  # sets of unknown images, such as noise,digits: how well uncertainty tells them
+    ood_dir: str | None = None  # where such a set lies that does not come with the package
     model: str = "mlp"
     width: int | None = None  # of the model's layers; its own by default
     members: int = 5
@@ -97,7 +99,8 @@ class TrainConfig:
 
 # What does not change what a run computes, and may be another when it is resumed.
 MOVABLE = (
-    "data_dir", "corrupted_dir", "download", "checkpoint_every", "tensorboard", "data_parts", "device", "out",
+    "data_dir", "corrupted_dir", "ood", "ood_dir", "download", "checkpoint_every", "tensorboard", "data_parts",
+    "device", "out",
 )  # fmt: skip
 
 FIELDS = {field.name: field for field in dataclasses.fields(TrainConfig)}

@@ -21,12 +21,12 @@ from forde_fast import config as configuration
 from forde_fast import distributed, models, plots
 from forde_fast.checkpoint import Checkpoints, load_ensemble, save_ensemble
 from forde_fast.config import TrainConfig
-from forde_fast.data import CorruptedFiles, Loader, Normalisation, load, stratified
-from forde_fast.data.corruptions import STANDARD
+from forde_fast.data import CORRUPTIONS, Loader, Normalisation, load, load_unknown, open_corrupted, stratified
 from forde_fast.ensemble import Ensemble
-from forde_fast.evaluation import METRICS, evaluate_corruptions, mean_scores, score_corrupted, score_members
+from forde_fast.evaluation import METRICS, score_members
 from forde_fast.files import write
 from forde_fast.methods import SHARED, make
+from forde_fast.scoring import flat, score_run
 from forde_fast.signals import Interrupted, StopSignals
 from forde_fast.step import ALONE
 from forde_fast.trainer import Log, Trainer
@@ -34,7 +34,6 @@ from forde_fast.validation import expect
 from forde_fast.watching import JSONLines, Progress, TensorBoard, append_line, check_tensorboard, keep_lines
 
 FAILED = 255  # what a rank says whose checkpoint could not be written, among the numbers of signals
-CORRUPTIONS = ("gaussian_noise", "shot_noise", "gaussian_blur", "contrast", "brightness", "pixelate")
 FILES = ("config.toml", "log.jsonl", "epochs.jsonl", "checkpoints", "checkpoint.safetensors", "metrics.json")
 
 
@@ -75,11 +74,13 @@ class Run:
             shape = (self.images.shape[1], 1, 1)
         else:
             shape = (self.images.shape[3] if self.images.ndim == 4 else 1, *self.images.shape[1:3])
-        self.corrupted_files = None
+        self.corrupted_files, pixels = None, tuple(self.images.shape[1:])
         if config.corrupted_dir is not None:
             expect(not self.data.table, "corrupted_dir", "none for a table of features", config.corrupted_dir)
-            pixels, classes = tuple(self.images.shape[1:]), len(self.data.classes)
-            self.corrupted_files = CorruptedFiles(config.corrupted_dir, pixels, classes)
+            self.corrupted_files = open_corrupted(config.corrupted_dir, pixels, self.data.classes)
+        expect(not self.data.table or config.ood is None, "ood", "none for a table of features", config.ood)
+        names = config.ood.split(",") if config.ood else ()
+        self.unknown = {name: load_unknown(name, pixels, config.ood_dir, config.test_size) for name in names}
         self._make_model = lambda: models.make(config.model, len(self.data.classes), shape, config.width)
         if self.mesh is ALONE:
             self.ensemble = self._make_ensemble()
@@ -243,31 +244,11 @@ class Run:
         return time.perf_counter() - start
 
     def evaluate(self) -> dict:
-        """Scores on clean validation and test images, and under corruption.
-
-        The corruptions are those of `corrupted_dir` (their mean is over the standard 15 as "corrupted" and over
-        all that are there as "corrupted_all"), else made here at CIFAR-10-C's severities and, for grey images,
-        at a harder preset (CIFAR-10-C's hardly touch them).
-        """
-        metrics = {"clean": _flat(score_members(self.predict(self.test_images), self.test_labels))}
-        if len(self.valid_labels):
-            metrics["validation"] = self._validate()
-        if self.corrupted_files is not None:
-            found = score_corrupted(self.predict, self.corrupted_files)
-            by_name = found["by_corruption"]
-            standard = [name for name in by_name if name in STANDARD] or list(by_name)
-            metrics["corrupted"] = {**found, **mean_scores(by_name, standard)}
-            metrics["corrupted_all"] = mean_scores(by_name, by_name)
-        elif not self.data.table:
-            presets = {"corrupted": "cifar"} | ({"corrupted_grey": "grey"} if self.test_images.ndim == 3 else {})
-            for group, preset in presets.items():
-                metrics[group] = evaluate_corruptions(
-                    self.predict, self.test_images, self.test_labels, CORRUPTIONS, preset=preset
-                )
-        return metrics
+        """The metrics, as `scoring.score_run` has them."""
+        return score_run(self, CORRUPTIONS)
 
     def _validate(self) -> dict:
-        return _flat(score_members(self.predict(self.valid_images), self.valid_labels))
+        return flat(score_members(self.predict(self.valid_images), self.valid_labels))
 
     def predict(self, images: Tensor | np.ndarray) -> Tensor:
         """uint8 images [N, H, W] or [N, H, W, C], or features -> the members' probabilities [M, N, K]."""
@@ -295,13 +276,17 @@ class Run:
         )
 
 
-def open_run(folder: str | Path, data_dir: str | None = None) -> Run:
-    """The run that a folder holds, trained. Raises FileNotFoundError or ValueError for a folder without one."""
+def open_run(folder: str | Path, **others: str | None) -> Run:
+    """The run that a folder holds, trained, with `others` than None in the place of its settings.
+
+    Raises FileNotFoundError or ValueError for a folder without one.
+    """
     folder = Path(folder)
     held = (folder / "config.toml").is_file()
     expect(held, "run", "the folder of a run, with its config.toml", folder, FileNotFoundError)
     settings = configuration.read(folder / "config.toml")
-    run = Run(TrainConfig(**{**settings, "out": str(folder), **({"data_dir": data_dir} if data_dir else {})}))
+    others = {name: value for name, value in others.items() if value is not None}
+    run = Run(TrainConfig(**{**settings, "out": str(folder), **others}))
     load_ensemble(folder / "checkpoint.safetensors", run.ensemble)
     return run
 
@@ -317,7 +302,3 @@ def _device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device: expected one that is here, got {name!r} ({str(error).splitlines()[0]})") from None
     return device
-
-
-def _flat(scores: dict) -> dict:
-    return {**scores["ensemble"], "members": scores["members"]}

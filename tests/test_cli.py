@@ -53,7 +53,8 @@ def test_a_run_leaves_its_folder(tmp_path, capsys):
     assert printed == metrics
     assert {"accuracy", "nll", "ece", "brier"} <= metrics["clean"].keys()
     assert len(metrics["clean"]["members"]) == 2
-    assert set(metrics["corrupted_grey"]["by_corruption"]) == {"contrast", "gaussian_noise"}
+    assert set(metrics["corrupted"]["by_corruption"]) == {"contrast", "gaussian_noise"}
+    assert set(metrics["corrupted_grey"]["by_corruption"]) == {"gaussian_noise"}
     assert metrics["strength"] == pytest.approx(20 * 256 / 128)
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     assert [entry["step"] for entry in log] == [1, 2, 3, 4]
@@ -129,7 +130,7 @@ BAD = [
     (["--method", "svgd"], "method: expected one of de, weight-rde"),
     (
         ["--data", "mnist"],
-        "data: expected one of fashion-mini, digits, fashion-mnist, cifar10, cifar100, folder, npz, table, got",
+        "data: expected one of fashion-mini, digits, fashion-mnist, cifar10, cifar100, tiny-imagenet, svhn",
     ),
     (["--backend", "cudnn"], "backend: expected one of auto, reference, cpp, triton"),
     (["--members", "0"], "members: expected a whole number >= 1, got 0"),

@@ -1,10 +1,11 @@
 """Image sets, their corruptions, and batches of them on the device."""
 
-from forde_fast.data.cifar import CorruptedFiles
+from forde_fast.data.corrupted import CorruptedFiles, open_corrupted, write_corrupted
 from forde_fast.data.corruptions import CORRUPTIONS, corrupt
 from forde_fast.data.datasets import DATASETS, Images, Normalisation, load
 from forde_fast.data.loader import Loader
 from forde_fast.data.own import stratified
+from forde_fast.data.unknown import load_unknown
 
 __all__ = [
     "CORRUPTIONS",
@@ -15,5 +16,8 @@ __all__ = [
     "Normalisation",
     "corrupt",
     "load",
+    "load_unknown",
+    "open_corrupted",
     "stratified",
+    "write_corrupted",
 ]

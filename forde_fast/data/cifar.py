@@ -1,4 +1,4 @@
-"""CIFAR-10 and CIFAR-100 as published (an archive of pickles or its folder), and their corrupted copies -C.
+"""CIFAR-10 and CIFAR-100 as published: an archive of pickles, or its folder.
 
 Nothing is unpacked and nothing in a file can run code: members are read from the archive into memory, and the
 unpickler knows the few names that a NumPy array needs.
@@ -10,13 +10,11 @@ import io
 import pickle
 import tarfile
 import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from forde_fast.data.corruptions import CORRUPTIONS
 from forde_fast.data.download import cache, download
 from forde_fast.validation import expect
 
@@ -171,42 +169,6 @@ def unpickle(name: str, content: bytes) -> dict:
         ) from None
     expect(isinstance(stored, dict), name, "a pickled dict", type(stored).__name__)
     return {key.decode("latin1") if isinstance(key, bytes) else key: value for key, value in stored.items()}
-
-
-class CorruptedFiles:
-    """CIFAR-10-C or CIFAR-100-C: a folder of `<corruption>.npy`, uint8 [5 N, 32, 32, 3], severity s at rows
-    (s - 1) N to s N, and labels.npy [5 N]. Files are mapped, not read, and never run code.
-
-    names  the corruptions that are there. Raises FileNotFoundError or ValueError in one line.
-    """
-
-    def __init__(self, folder: str | Path, shape: tuple[int, ...], classes: int):
-        """shape [H, W] or [H, W, C] and number of classes of the run's images."""
-        self.folder = Path(folder)
-        expect(self.folder.is_dir(), "corrupted_dir", "a folder of .npy files", self.folder, FileNotFoundError)
-        self.names = tuple(name for name in CORRUPTIONS if (self.folder / f"{name}.npy").is_file())
-        got = f"none in {self.folder}"
-        expect(bool(self.names), "corrupted_dir", "files such as gaussian_noise.npy", got, FileNotFoundError)
-        labels = load_npy(self.folder / "labels.npy")
-        good = labels.ndim == 1 and labels.dtype.kind in "iu" and len(labels) > 0 and len(labels) % 5 == 0
-        expect(good, str(self.folder / "labels.npy"), "whole numbers [5 N]", f"{labels.dtype} {list(labels.shape)}")
-        self.labels = np.array(labels, np.int64)
-        low, high = int(self.labels.min()), int(self.labels.max())
-        expect(0 <= low <= high < classes, str(self.folder / "labels.npy"), f"0 to {classes - 1}", f"{low} to {high}")
-        for name in self.names:
-            path = self.folder / f"{name}.npy"
-            images, wanted = load_npy(path), [len(labels), *shape]
-            good = images.dtype == np.uint8 and list(images.shape) == wanted
-            expect(good, str(path), f"uint8 {wanted}", f"{images.dtype} {list(images.shape)}")
-
-    def __iter__(self) -> Iterator[tuple[str, int, np.ndarray, np.ndarray]]:
-        """(name, severity, images [N, H, W, C], labels [N]), a file after the other."""
-        count = len(self.labels) // 5
-        for name in self.names:
-            images = load_npy(self.folder / f"{name}.npy")
-            for severity in range(1, 6):
-                rows = slice((severity - 1) * count, severity * count)
-                yield name, severity, images[rows], self.labels[rows]
 
 
 def load_npy(path: Path) -> np.ndarray:

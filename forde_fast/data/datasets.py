@@ -14,9 +14,13 @@ from forde_fast.data.cifar import ARCHIVES, load_cifar
 from forde_fast.data.download import cache
 from forde_fast.data.download import download as fetch
 from forde_fast.data.own import Parts, load_arrays, load_csv, load_folder
+from forde_fast.data.published import TINY_MEAN, TINY_STD, load_svhn, load_tiny_imagenet
 from forde_fast.validation import expect
 
-DATASETS = ("fashion-mini", "digits", "fashion-mnist", "cifar10", "cifar100", "folder", "npz", "table")
+DATASETS = (
+    "fashion-mini", "digits", "fashion-mnist", "cifar10", "cifar100", "tiny-imagenet", "svhn",
+    "folder", "npz", "table",
+)  # fmt: skip
 OWN = ("folder", "npz", "table")  # data of the user's, which are nowhere but where she says
 
 FASHION_CLASSES = (
@@ -95,6 +99,8 @@ def load(name: str, folder: str | Path | None = None, download: bool = False) ->
 
     - "cifar10", "cifar100": the published archive, or the folder that it holds, in `folder` or in the cache;
       `download=True` as above. Normalised as is usual for them, not as fitted.
+    - "tiny-imagenet": the folder tiny-imagenet-200; its validation part is the test part. "svhn": the two .mat
+      files of 32 x 32. Both in `folder` or in the cache, where they must have been put.
     - "folder": class folders of images; "npz": arrays of images; "table": features as .csv, .npz or .npy. Where
       they lie is `folder`, which may be a file; `own.py` says how they are laid out. Without a test part of
       their own a stratified fifth of them is one.
@@ -115,6 +121,12 @@ def load(name: str, folder: str | Path | None = None, download: bool = False) ->
             arrays, classes = load_cifar(name, None if folder is None else Path(folder), download)
             published = Normalisation(ARCHIVES[name].mean, ARCHIVES[name].std)
             return _images(name, *arrays, classes=classes, normalisation=published)
+        case "tiny-imagenet":
+            arrays, classes = load_tiny_imagenet(cache() if folder is None else Path(folder))
+            return _images(name, *arrays, classes=classes, normalisation=Normalisation(TINY_MEAN, TINY_STD))
+        case "svhn":
+            arrays, classes = load_svhn(cache() / "svhn" if folder is None else Path(folder))
+            return _images(name, *arrays, classes=classes)
         case "folder" | "npz" | "table":
             expect(folder is not None, "data_dir", f"the place of the data, for data = {name}", "none")
             arrays, classes = _load_own(name, Path(folder))
@@ -177,7 +189,9 @@ def _load_fashion_mnist(folder: Path | None, download: bool) -> Images:
 
 def _images(name: str, *arrays: np.ndarray, classes: tuple[str, ...], normalisation=None) -> Images:
     """Images from (train_images, train_labels, test_images, test_labels) as arrays."""
-    train_images, train_labels, test_images, test_labels = (torch.from_numpy(np.array(a)) for a in arrays)
+    train_images, train_labels, test_images, test_labels = (
+        torch.from_numpy(np.require(a, requirements=["C", "W"])) for a in arrays
+    )
     return Images(name, train_images, train_labels.long(), test_images, test_labels.long(), classes, normalisation)
 
 

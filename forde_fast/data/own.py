@@ -65,14 +65,14 @@ def _read_classes(folder: Path, names: tuple[str, ...], classes: tuple[str, ...]
         files = [path for path in sorted((folder / name).iterdir()) if not path.name.startswith(".")]
         expect(len(files) > 0, str(folder / name), "at least one image", "an empty folder")
         for path in files:
-            images.append(_read_image(path, images[0].shape[:2] if images else None))
+            images.append(read_image(path, images[0].shape[:2] if images else None))
             labels.append((classes or names).index(name))
     if any(image.ndim == 3 for image in images):
         images = [np.stack([image] * 3, -1) if image.ndim == 2 else image for image in images]
     return np.stack(images), np.array(labels, np.int64)
 
 
-def _read_image(path: Path, shape: tuple[int, int] | None) -> np.ndarray:
+def read_image(path: Path, shape: tuple[int, int] | None) -> np.ndarray:
     """uint8 [H, W] or [H, W, 3]. The size is looked at before anything is decoded."""
     from PIL import Image
 
