@@ -18,7 +18,7 @@ def elastic_transform(x: np.ndarray, level: tuple[float, float, float], rng: np.
     back = np.linalg.solve(np.pad(shifted, ((0, 0), (0, 0), (0, 1)), constant_values=1), corners)  # [n, 3, 2]
     rows, columns = np.mgrid[:height, :width]
     there = np.stack([columns, rows, np.ones_like(rows)], -1) @ back[:, None]  # [n, H, W, 2]
-    there = np.floor(there * 32 + 0.5) / 32  # OpenCV's affine warp knows no finer places
+    there = np.floor(there * 32 + 0.5) / 32  # the warp that made the published sets knew no finer places
     x = _at(x, there[..., 1], there[..., 0], "mirror")
 
     fields = displacement * gaussian_filter(
