@@ -43,8 +43,22 @@ library.define(
     "fused(Tensor particles, Tensor? product, bool normalize, float eps, float log_count)"
     " -> (Tensor value, Tensor gradient, Tensor bandwidth, Tensor distances)"
 )
+# Optional, for MOST_AT_ONCE particles: the same in fewer launches than by the steps. Where a matrix in float16 is
+# given, unit times it is C, and the product is made here. The other is for C = F F^T + tail I with F the factor, of
+# normalised particles; unit times first_factor is F, rounded to float16 or not.
+library.define(
+    "at_once(Tensor particles, Tensor? product, Tensor? matrix, float unit, bool normalize, float eps,"
+    " float log_count) -> (Tensor value, Tensor gradient, Tensor bandwidth, Tensor distances)"
+)
+library.define(
+    "at_once_low_rank(Tensor particles, Tensor factor, Tensor first_factor, float unit, float tail, float eps,"
+    " float log_count, str precision) -> (Tensor value, Tensor gradient, Tensor bandwidth, Tensor distances)"
+)
 library.define("attach_gradient(Tensor particles, Tensor value, Tensor gradient) -> Tensor")
 library.define("scale_gradient(Tensor particles, Tensor gradient, Tensor factor) -> Tensor")
+
+
+MOST_AT_ONCE = {torch.float32: 16, torch.float64: 10}  # particles, by the type of the sums
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -89,7 +103,9 @@ def _(distances, alignment, log_count):
 
 
 @torch.library.register_fake("forde_fast::fused")
-def _(particles, product, normalize, eps, log_count):
+@torch.library.register_fake("forde_fast::at_once")
+@torch.library.register_fake("forde_fast::at_once_low_rank")
+def _(particles, *_):
     members, groups = particles.shape[:2]
     wide = functools.partial(particles.new_empty, dtype=accumulation_dtype(particles.dtype))
     return wide(()), particles.new_empty(particles.shape), wide((members, groups)), wide((members, members, groups))
@@ -149,11 +165,11 @@ def _register_triton() -> str:
     if not (torch.cuda.is_available() or TRITON_INTERPRETS):
         return "no CUDA device, and TRITON_INTERPRET=1 is not set"
     try:
-        from forde_fast.kernels import repulsion as kernels
+        from forde_fast.kernels import operations
     except ImportError as error:
         return f"triton cannot be imported: {error}"
-    for name in ("contrasts", "coordinates", "pair_distances", "median_rule", "combine", "project"):
-        library.impl(name, getattr(kernels, name), "CUDA")
+    for name in operations.__all__:
+        library.impl(name, getattr(operations, name), "CUDA")
     return ""
 
 

@@ -1,7 +1,12 @@
-"""Float32 matrix products on CUDA, in a precision that is asked for by name. Other tensors have but one."""
+"""Float32 matrix products on CUDA, in a precision that is asked for by name. Other tensors have but one.
+
+Where the rows' size is known beforehand, factors in float16 do what tf32 does: both keep 11 bits, but products of
+float16 are twice as fast and read half as much. Their results are in float32 as well.
+"""
 
 import contextlib
 import functools
+import math
 import operator
 from collections.abc import Iterator
 
@@ -18,7 +23,7 @@ library.define("matmul(Tensor a, Tensor b, str precision) -> Tensor")
 
 
 def matmul(a: Tensor, b: Tensor, precision: str) -> Tensor:
-    """a [..., K] @ b [K, L]."""
+    """a [..., K] @ b [K, L]; in float32 where they are float16."""
     return torch.ops.forde_fast.matmul(a, b, precision)
 
 
@@ -35,13 +40,22 @@ def _high(x: Tensor) -> Tensor:
     return (x.contiguous().view(torch.int32) & ~0x1FFF).view(torch.float32)
 
 
+def in_half(x: Tensor) -> tuple[Tensor, float]:
+    """(y, unit) with y in float16 and unit y = x but for rounding: its largest entry is between 2^13 and 2^14."""
+    largest = float(x.abs().max())
+    exponent = math.frexp(largest)[1] - 14 if largest > 0 else 0
+    return (x.double() * 2.0**-exponent).to(torch.float16), 2.0**exponent
+
+
 @torch.library.impl(library, "matmul", "CPU")
 def _(a, b, precision):
-    return a @ b
+    return a.float() @ b.float() if a.dtype == torch.float16 else a @ b
 
 
 @torch.library.impl(library, "matmul", "CUDA")
 def _(a, b, precision):
+    if a.dtype == torch.float16:
+        return torch.mm(a.flatten(0, -2), b, out_dtype=torch.float32).view(*a.shape[:-1], b.shape[1])
     if a.dtype != torch.float32:
         return a @ b
     with products_in("ieee" if precision == "ieee" else "tf32"):
@@ -63,4 +77,5 @@ def products_in(precision: str) -> Iterator[None]:
 
 @torch.library.register_fake("forde_fast::matmul")
 def _(a, b, precision):
-    return a.new_empty((*a.shape[:-1], b.shape[-1]))
+    dtype = torch.float32 if a.dtype == torch.float16 else a.dtype
+    return a.new_empty((*a.shape[:-1], b.shape[-1]), dtype=dtype)

@@ -99,8 +99,9 @@ def repulsion(
     bandwidth    h: "median" (see `Median`), another `Median`, or a number or tensor ([], [G] or [N, G])
     backend      "reference", "cpp", "triton", "cuda" (up to 16 particles, without others, at the default bandwidth),
                  or "auto", which alone chooses
-    precision    of PCA's float32 matrix products on CUDA: "tf32", "tf32x3" or "ieee"; they are of differences, so
-                 that tf32 costs 3 digits of the result wherever the particles are
+    precision    of PCA's float32 matrix products on CUDA: "tf32" (factors rounded to 11 bits, sums in float32),
+                 "tf32x3" or "ieee"; they are of differences, so that tf32 costs 3 digits of the result wherever the
+                 particles are
 
     Returns `Repulsion`: value and bandwidth in float32 (float64 for float64), the gradient in the particles'
     dtype. The value is differentiable once with respect to the particles. Sums run in float32 or better; where
@@ -118,6 +119,9 @@ def repulsion(
     elif name == "cuda":
         _check_fused(particles, lengthscale, others, bandwidth)
         result = _fused(implementation, particles, lengthscale, normalize, eps, precision)
+    elif name == "triton" and _fits_at_once(particles, lengthscale, others, normalize, bandwidth):
+        result = _at_once(implementation, particles, lengthscale, normalize, eps, precision)
+        _check_finite(particles, others, result.value)
     else:
         d, state = _distances(implementation, particles, others, lengthscale, normalize, eps, precision)
         projection = None
@@ -173,7 +177,7 @@ def combine(state, c: Tensor) -> Tensor:
 @torch.no_grad()
 def _distances(operations, particles, others, lengthscale, normalize, eps, precision):
     dtype = particles.dtype
-    computed = torch.float64 if particles.shape[2] <= EXACT_COLUMNS else dtype
+    computed = _computed(particles)
     particles, others = (None if rows is None else rows.detach().to(computed) for rows in (particles, others))
     rows = len(particles) + (0 if others is None else len(others))
     product = None
@@ -209,7 +213,7 @@ def _combine(state, c: Tensor, projection: Tensor | None = None) -> Tensor:
 @torch.no_grad()
 def _fused(operations, particles, lengthscale, normalize, eps, precision):
     dtype, wide = particles.dtype, operators.accumulation_dtype(particles.dtype)
-    particles = particles.detach().to(torch.float64 if particles.shape[2] <= EXACT_COLUMNS else dtype)
+    particles = particles.detach().to(_computed(particles))
     product = None
     if len(particles) > 1 and not _is_identity(lengthscale):
         contrasts = operations.contrasts(particles, None, normalize, eps)
@@ -217,6 +221,45 @@ def _fused(operations, particles, lengthscale, normalize, eps, precision):
     log_count = Median().log_count(particles[None])
     value, gradient, h, d = operations.fused(particles, product, normalize, eps, log_count)
     return Repulsion(value.to(wide), gradient.to(dtype), h.to(wide), d.to(wide))
+
+
+@torch.no_grad()
+def _at_once(operations, particles, lengthscale, normalize, eps, precision):
+    dtype, wide = particles.dtype, operators.accumulation_dtype(particles.dtype)
+    particles = particles.detach().to(_computed(particles))
+    acc, log_count = operators.accumulation_dtype(particles.dtype), Median().log_count(particles[None])
+    factors = lengthscale.factors(acc, particles.device) if hasattr(lengthscale, "factors") else None
+    rounded = normalize and precision == "tf32" and acc == torch.float32 and _rounds(particles.device)
+    half = lengthscale.in_half(particles.device) if rounded and isinstance(lengthscale, PCA) else None
+    if factors is not None:
+        first = half or (factors[0], 1.0)
+        value, gradient, h, d = operations.at_once_low_rank(
+            particles, factors[0], *first, factors[1], eps, log_count, precision
+        )
+    else:
+        product = None
+        if half is None and not _is_identity(lengthscale):
+            product = _product(lengthscale, operations.contrasts(particles, None, normalize, eps), precision)
+        matrix = half or (None, 1.0)
+        value, gradient, h, d = operations.at_once(particles, product, *matrix, normalize, eps, log_count)
+    return Repulsion(value.to(wide), gradient.to(dtype), h.to(wide), d.to(wide))
+
+
+def _rounds(device: torch.device) -> bool:
+    """Whether precision="tf32" means something there."""
+    return device.type == "cuda"
+
+
+def _fits_at_once(particles, lengthscale, others, normalize, bandwidth) -> bool:
+    acc = operators.accumulation_dtype(_computed(particles))
+    few = 2 <= len(particles) <= operators.MOST_AT_ONCE[acc]
+    if not (few and others is None and _is_default(bandwidth)):
+        return False
+    return normalize or not hasattr(lengthscale, "factors") or lengthscale.factors(acc, particles.device) is None
+
+
+def _computed(particles: Tensor) -> torch.dtype:
+    return torch.float64 if particles.shape[2] <= EXACT_COLUMNS else particles.dtype
 
 
 def _choose(backend: str, particles, others, lengthscale, eps, precision):
@@ -237,9 +280,9 @@ def _choose(backend: str, particles, others, lengthscale, eps, precision):
     where = f"the particles are on {particles.device}"
     expect(fits, "backend", f"one for these particles, not {backend!r}", where, RuntimeError)
     if interpreted:  # the same kernels, run by Triton's interpreter on CPU tensors
-        from forde_fast.kernels import repulsion as kernels
+        from forde_fast.kernels import operations
 
-        return backend, kernels
+        return backend, operations
     return backend, torch.ops.forde_fast
 
 

@@ -14,6 +14,7 @@ from .rows import (
     _with_row_0,
     _zeros,
 )
+from .rule import _own_coefficients
 
 
 @triton.jit
@@ -32,18 +33,24 @@ def _add_row(total, c, q, q_j, COUNT: tl.constexpr):
 
 @triton.jit
 def _combine_kernel(
-    particles,  # [M, G, D]
+    particles,  # [M, G, D], read unless q is all that is mixed
     product,  # [M - 1, G, D], read when HAS_PRODUCT
     inverse_norm,  # [M, G]
-    coefficients,  # [M, M, G]
+    distances,  # [M, M, G], read when RULE
+    alignments,  # [M, M, G], likewise
+    exact,  # [M, G], float64, likewise
+    parts,  # [M, G], float64, likewise
+    value,  # [], written when RULE
+    coefficients,  # [M, M, G], of any strides
     projection,  # [M, G]
     mixed,  # [M, G, D], read when HAS_MIXED
     gradient,  # [M, G, D]
-    D, G, tiles, particles_m, particles_g, product_m, product_g,
-    M: tl.constexpr, HAS_PRODUCT: tl.constexpr, HAS_MIXED: tl.constexpr, KAPPA: tl.constexpr, LANES: tl.constexpr,
+    D, G, tiles, particles_m, particles_g, product_m, product_g, c_pair, c_g,
+    M: tl.constexpr, HAS_PRODUCT: tl.constexpr, HAS_MIXED: tl.constexpr, KAPPA: tl.constexpr, UNIT: tl.constexpr,
+    RULE: tl.constexpr, STEPS: tl.constexpr, BLOCK: tl.constexpr, PROJECT: tl.constexpr, LANES: tl.constexpr,
     V: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """A few rows: all of them stay in registers."""
+    """A few rows: all stay in registers. UNIT is a factor of the sum; by the RULE, coefficients are made here."""
     pid = tl.program_id(0).to(tl.int64)
     g = pid // tiles
     d = (pid % tiles).to(tl.int32) * (LANES * V) + _columns(LANES, V)
@@ -51,21 +58,26 @@ def _combine_kernel(
     first = g * 0  # 64 bits wide
     if HAS_PRODUCT:
         q = _with_row_0(_load_rows(product + g * product_g, product_m, first, M, d, D, M - 1, ACC), KAPPA, M - 1)
-    else:
+    elif UNIT != 0:
         r = _load_scalars(inverse_norm + g, G, first, M, M)
         q = _scale(_load_rows(particles, particles_m, first, M, d, D, M, ACC), r, M)
+    if RULE:  # while the rows are on their way
+        _own_coefficients(distances, alignments, exact, parts, value, coefficients, projection, g, G, M, STEPS, BLOCK)
     for i in tl.static_range(M):
         row = (first + i) * G + g
         total = tl.zeros([LANES, V], ACC)
         if HAS_MIXED:
             total = _load_row(mixed + row * D, d, D, ACC)
         for j in tl.static_range(M):
-            if j != i:
-                c = tl.load(coefficients + (first + (i * M + j)) * G + g)
+            if j != i and UNIT != 0:
+                c = tl.load(coefficients + (first + (i * M + j)) * c_pair + g * c_g) * UNIT
                 total = tl.fma(tl.broadcast_to(c, total.shape), q[i] - q[j], total)
-        r_i = tl.load(inverse_norm + row)
-        t = tl.load(projection + row)
-        _store_row(gradient + row * D, particles + (first + i) * particles_m, r_i, t, total, d, D, ACC)
+        if PROJECT:
+            r_i = tl.load(inverse_norm + row)
+            t = tl.load(projection + row)
+            _store_row(gradient + row * D, particles + (first + i) * particles_m, r_i, t, total, d, D, ACC)
+        else:
+            tl.store(gradient + row * D + d, total, mask=d < D)
 
 
 @triton.jit

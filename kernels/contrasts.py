@@ -34,11 +34,11 @@ def _norms_kernel(
 def _contrasts_kernel(
     particles,  # [MI, G, D]
     others,  # [MJ, G, D]
-    inverse_norm,  # [N, G], read when NORM is "given"
-    contrasts,  # [N - 1, G, D]
+    inverse_norm,  # [N, G]; read when NORM is "given", written when it is "own"
+    contrasts,  # [N - 1, G, D]; UNIT times them
     D, G, splits, particles_m, particles_g, others_m, others_g,
     MI: tl.constexpr, MJ: tl.constexpr, NORM: tl.constexpr, EPS: tl.constexpr, WEIGHT: tl.constexpr,
-    STEPS: tl.constexpr, LANES: tl.constexpr, V: tl.constexpr, ACC: tl.constexpr,
+    UNIT: tl.constexpr, STEPS: tl.constexpr, LANES: tl.constexpr, V: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """A few rows: all of them stay in registers, and a program that walks along all of D can find their norms.
 
@@ -55,6 +55,8 @@ def _contrasts_kernel(
         r = _own_norms(particles, particles_m, first, D, STEPS, MI, EPS, LANES, V, ACC)
         if MJ > 0:
             r = r + _own_norms(others, others_m, first, D, STEPS, MJ, EPS, LANES, V, ACC)
+        for n in tl.static_range(N):
+            tl.store(inverse_norm + (first + n) * G + g, r[n])
     elif NORM == "given":
         r = _load_scalars(inverse_norm + g, G, first, N, N)
     first_step = split.to(tl.int32) * STEPS
@@ -70,7 +72,7 @@ def _contrasts_kernel(
             total += s[n] - s[0]
         for n in tl.static_range(1, N):
             z = (s[n] - s[0]) - total * WEIGHT
-            tl.store(contrasts + ((first + (n - 1)) * G + g) * D + d, z, mask=d < D)
+            tl.store(contrasts + ((first + (n - 1)) * G + g) * D + d, z * UNIT, mask=d < D)
 
 
 @triton.jit
@@ -101,7 +103,7 @@ def _sum_differences(
 @triton.jit
 def _store_differences(
     contrasts, skip, u, rows, stride, inverse_norm, G, s_0, d, D,
-    M: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
+    M: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Rows n of `rows` less u + s_0 to rows skip + n of the contrasts, where there is one."""
     for n in range(0, M, BLOCK):
@@ -110,7 +112,7 @@ def _store_differences(
         for k in tl.static_range(BLOCK):
             row = first + (k + skip)
             columns = tl.where(first + k < M, tl.where(row >= 0, D, 0), 0)
-            tl.store(contrasts + row * G * D + d, differences[k] - u, mask=d < columns)
+            tl.store(contrasts + row * G * D + d, (differences[k] - u) * UNIT, mask=d < columns)
 
 
 @triton.jit
@@ -118,10 +120,10 @@ def _contrasts_blocks_kernel(
     particles,  # [MI, G, D]
     others,  # [MJ, G, D]
     inverse_norm,  # [N, G]
-    contrasts,  # [N - 1, G, D]
+    contrasts,  # [N - 1, G, D]; UNIT times them
     D, G, tiles, particles_m, particles_g, others_m, others_g,
-    MI: tl.constexpr, MJ: tl.constexpr, WEIGHT: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr,
-    V: tl.constexpr, ACC: tl.constexpr,
+    MI: tl.constexpr, MJ: tl.constexpr, WEIGHT: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr,
+    LANES: tl.constexpr, V: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Any number of rows: they pass through twice, BLOCK of them at a time."""
     pid = tl.program_id(0).to(tl.int64)
@@ -137,6 +139,6 @@ def _contrasts_blocks_kernel(
     if MJ > 0:
         u = _sum_differences(u, others, others_m, r + MI * G, G, s_0, d, D, MJ, BLOCK, ACC)
     u *= WEIGHT
-    _store_differences(z, -1, u, particles, particles_m, r, G, s_0, d, D, MI, BLOCK, ACC)
+    _store_differences(z, -1, u, particles, particles_m, r, G, s_0, d, D, MI, UNIT, BLOCK, ACC)
     if MJ > 0:
-        _store_differences(z, MI - 1, u, others, others_m, r + MI * G, G, s_0, d, D, MJ, BLOCK, ACC)
+        _store_differences(z, MI - 1, u, others, others_m, r + MI * G, G, s_0, d, D, MJ, UNIT, BLOCK, ACC)

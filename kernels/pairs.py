@@ -8,18 +8,16 @@ end.
 import triton
 import triton.language as tl
 
-from .rows import _columns, _load_products, _load_rows, _load_scalars, _own_norms, _scale, _split, _with_row_0, _zeros
+from .rows import _columns, _load_products, _load_rows, _load_scalars, _scale, _split, _zeros
 
 
 @triton.jit
-def _add_pairs(
-    distance, alignment, q_i, s_i, q_j, s_j, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, TRIANGLE: tl.constexpr
-):
-    """The sums of all pairs (i < j only in a triangle), row after row, one column further."""
+def _add_pairs(distance, alignment, q_i, s_i, q_j, s_j, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr):
+    """The sums of all pairs, row after row, one column further."""
     new_distance = ()
     new_alignment = ()
     for i in tl.static_range(BLOCK_I):
-        for j in tl.static_range(i + 1 if TRIANGLE else 0, BLOCK_J):
+        for j in tl.static_range(BLOCK_J):
             delta = q_i[i] - q_j[j]
             new_alignment = new_alignment + (tl.fma(delta, s_i[i], alignment[len(new_alignment)]),)
             new_distance = new_distance + (tl.fma(delta, s_i[i] - s_j[j], distance[len(new_distance)]),)
@@ -52,21 +50,13 @@ def _store_pair(distances, alignments, i, j, keep, distance, alignment, G, MJ: t
 def _store_pairs(
     distances, alignments, distance, alignment, first_i, first_j, G,
     MI: tl.constexpr, MJ: tl.constexpr, SAME: tl.constexpr, WHOLE: tl.constexpr, BLOCK_I: tl.constexpr,
-    BLOCK_J: tl.constexpr, TRIANGLE: tl.constexpr,
+    BLOCK_J: tl.constexpr,
 ):  # fmt: skip
-    PAIRS: tl.constexpr = BLOCK_I * (BLOCK_I - 1) // 2 if TRIANGLE else BLOCK_I * BLOCK_J
+    PAIRS: tl.constexpr = BLOCK_I * BLOCK_J
     for part in tl.static_range((PAIRS + 15) // 16):
         pair = part * 16 + tl.arange(0, 16)
-        if TRIANGLE:
-            i = tl.zeros([16], tl.int32)
-            for k in tl.static_range(1, BLOCK_I - 1):
-                i += (pair >= k * (2 * BLOCK_I - k - 1) // 2).to(tl.int32)
-            j = pair - i * (2 * BLOCK_I - i - 1) // 2 + i + 1
-        else:
-            i = pair // BLOCK_J
-            j = pair % BLOCK_J
-        i += first_i
-        j += first_j
+        i = first_i + pair // BLOCK_J
+        j = first_j + pair % BLOCK_J
         keep = (pair < PAIRS) & (i < MI) & (j < MJ)
         d = _sum_16(distance, part * 16, PAIRS)
         a = _sum_16(alignment, part * 16, PAIRS)
@@ -77,58 +67,6 @@ def _store_pairs(
             # (q_j - q_i) s_j, for the difference of the two alignments is the distance
             _store_pair(distances, alignments, j, i, keep & (i < j), d, d - a, G, MJ, WHOLE)
         _store_pair(distances, alignments, i, j, keep, d, a, G, MJ, WHOLE)
-
-
-@triton.jit
-def _pair_distances_kernel(
-    particles,  # [M, G, D]
-    product,  # [M - 1, G, D], read when HAS_PRODUCT
-    inverse_norm,  # [M, G]; read when NORM is "given", written when it is "own"
-    distances,  # [splits, M, M, G]
-    alignments,  # [splits, M, M, G]
-    D, G, splits, particles_m, particles_g, product_m, product_g,
-    M: tl.constexpr, HAS_PRODUCT: tl.constexpr, NORM: tl.constexpr, EPS: tl.constexpr, KAPPA: tl.constexpr,
-    WHOLE: tl.constexpr, STEPS: tl.constexpr, LANES: tl.constexpr, V: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    """All pairs of a few rows, two at least: a program has every row, so it can find norms and row 0 of q."""
-    pid = tl.program_id(0).to(tl.int64)
-    g, split = pid // splits, pid % splits
-    particles += g * particles_g
-    product += g * product_g
-    inverse_norm += g
-    distances += split * (M * M) * G + g
-    alignments += split * (M * M) * G + g
-    first = g * 0  # 64 bits wide
-    r = ()
-    if NORM == "own":
-        r = _own_norms(particles, particles_m, first, D, STEPS, M, EPS, LANES, V, ACC)
-        for k in tl.static_range(M):
-            tl.store(inverse_norm + (first + k) * G, r[k])
-    elif NORM == "given":
-        r = _load_scalars(inverse_norm, G, first, M, M)
-
-    distance = _zeros(tl.zeros([LANES], ACC), M * (M - 1) // 2)
-    alignment = _zeros(tl.zeros([LANES], ACC), M * (M - 1) // 2)
-    first_step = split.to(tl.int32) * STEPS
-    for step in range(STEPS):
-        d = (first_step + step) * (LANES * V) + _columns(LANES, V)
-        p = _split(_load_rows(particles, particles_m, first, M, d, D, M, ACC), M, V)
-        w = ()
-        if HAS_PRODUCT:
-            w = _split(_load_rows(product, product_m, first, M, d, D, M - 1, ACC), M - 1, V)
-        for v in tl.static_range(V):
-            s = p[v]
-            if NORM != "unit":
-                s = _scale(s, r, M)
-            q = s
-            if HAS_PRODUCT:
-                q = _with_row_0(w[v], KAPPA, M - 1)
-            distance, alignment = _add_pairs(distance, alignment, q, s, q, s, M, M, True)
-
-    _store_pairs(distances, alignments, distance, alignment, first, first, G, M, M, True, WHOLE, M, M, True)
-    i = tl.arange(0, triton.next_power_of_2(M))
-    zero = tl.zeros([triton.next_power_of_2(M)], ACC)
-    _store_pair(distances, alignments, i, i, i < M, zero, zero, G, M, WHOLE)
 
 
 @triton.jit
@@ -190,8 +128,8 @@ def _pair_blocks_kernel(
             if HAS_PRODUCT:
                 q_i = w_i[v]
                 q_j = w_j[v]
-            distance, alignment = _add_pairs(distance, alignment, q_i, s_i, q_j, s_j, BLOCK_I, BLOCK_J, False)
+            distance, alignment = _add_pairs(distance, alignment, q_i, s_i, q_j, s_j, BLOCK_I, BLOCK_J)
 
     distances += split * (MI * MJ) * G + g
     alignments += split * (MI * MJ) * G + g
-    _store_pairs(distances, alignments, distance, alignment, i, j, G, MI, MJ, SAME, WHOLE, BLOCK_I, BLOCK_J, False)
+    _store_pairs(distances, alignments, distance, alignment, i, j, G, MI, MJ, SAME, WHOLE, BLOCK_I, BLOCK_J)

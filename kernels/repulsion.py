@@ -13,7 +13,8 @@ import triton.language as tl
 
 from .combine import _combine_blocks_kernel, _combine_kernel
 from .contrasts import _contrasts_blocks_kernel, _contrasts_kernel, _norms_kernel
-from .pairs import _pair_blocks_kernel, _pair_distances_kernel
+from .few import _pair_distances_kernel
+from .pairs import _pair_blocks_kernel
 from .project import _coordinates_kernel, _project_kernel
 from .rule import _bandwidth_kernel, _coefficients_kernel
 from .splits import _add_splits_kernel
@@ -26,6 +27,9 @@ ROWS_AT_ONCE, CONTRASTS_BLOCK, COMBINE_BLOCK = 16, 8, 8
 # and a program alone with its sample would take longer than the launches that it saves.
 PROGRAMS = 528
 FEW_SAMPLES, MANY_COLUMNS = 128, 8192
+
+FLOOR = 1e-12  # of the bandwidth
+HALF = 2.0**13  # the unit of contrasts in float16: of unit vectors, they are at most 3.5 long
 
 
 def _vectors(V, D, warps):
@@ -41,13 +45,13 @@ def _even_blocks(rows, most):
 
 
 def _most_rows_at_once(acc):
-    """All pairs in one program: M (M - 1) of a thread's 255 registers for the sums, twice that in float64."""
-    return 12 if acc == torch.float32 else 7
+    """All pairs in one program: half of M (M + 1) of a thread's 255 registers for the sums, twice that in float64."""
+    return 16 if acc == torch.float32 else 10
 
 
 def _pairs_tile(M, D, acc):
-    """The fewer sums a thread has, the more columns of its rows fit beside them: V = 4 to M = 9, 2 to M = 11."""
-    V = (4 if M <= 9 else 2 if M <= 11 else 1) if acc == torch.float32 else 1
+    """The fewer sums a thread has, the more columns of its rows fit beside them."""
+    V = (4 if M <= 12 else 2) if acc == torch.float32 else 1
     return _vectors(V, D, 8)
 
 
@@ -90,6 +94,10 @@ def _strides(*tensors):
 def _kappa(N):
     """Row 0 of q over the sum of the other rows."""
     return 1 / (math.sqrt(N) - 1) if N > 1 else 0.0
+
+
+def _unit(contrasts):
+    return HALF if contrasts is not None and contrasts.dtype == torch.float16 else 1.0
 
 
 def _ones(particles, N):
@@ -141,6 +149,11 @@ def contrasts(particles, others, normalize, eps):
 
     particles [Mi, G, D], others [Mj, G, D] or None; N >= 2 -> z [N - 1, G, D], float32 (float64 for float64).
     """
+    return _contrasts(particles, others, normalize, eps)[0]
+
+
+def _contrasts(particles, others, normalize, eps, dtype=None):
+    """z, in units of 1 / HALF if in float16; inverse_norm [N, G]."""
     particles, others = _rows(particles), _rows(others)
     (MI, G, D), MJ = particles.shape, 0 if others is None else others.shape[0]
     N = MI + MJ
@@ -151,23 +164,23 @@ def contrasts(particles, others, normalize, eps):
     steps = triton.cdiv(D, tile["LANES"] * tile["V"])
     splits, steps = (1, steps) if own else (steps, 1)
     if own:
-        norm, inverse_norm = "own", particles
+        norm, inverse_norm = "own", torch.empty(N, G, dtype=acc, device=particles.device)
     elif normalize:
         norm, inverse_norm = "given", _inverse_norms(particles, others, eps)
     else:
         norm, inverse_norm = "unit", _ones(particles, N)
-    z = torch.empty(N - 1, G, D, dtype=acc, device=particles.device)
+    z = torch.empty(N - 1, G, D, dtype=dtype or acc, device=particles.device)
     others = particles if others is None else others
     tensors = particles, others, inverse_norm, z
     numbers = D, G, splits, *_strides(particles, others)
-    constants = {"MI": MI, "MJ": MJ, "WEIGHT": 1 / (N - math.sqrt(N)), "ACC": ACC} | tile
+    constants = {"MI": MI, "MJ": MJ, "WEIGHT": 1 / (N - math.sqrt(N)), "UNIT": _unit(z), "ACC": ACC} | tile
     if few:
         constants |= {"NORM": norm, "EPS": eps, "STEPS": steps}
         _launch(_contrasts_kernel, G * splits, tensors, numbers, constants)
     else:
         constants |= {"BLOCK": CONTRASTS_BLOCK}
         _launch(_contrasts_blocks_kernel, G * splits, tensors, numbers, constants)
-    return z
+    return z, inverse_norm
 
 
 def pair_distances(particles, others, product, normalize, eps):
@@ -196,7 +209,7 @@ def pair_distances(particles, others, product, normalize, eps):
 def _distances_at_once(particles, product, normalize, eps):
     """d [splits, M, M, G], alignment likewise, inverse_norm [M, G]: one launch unless D is split."""
     M, G, D = particles.shape
-    acc, ACC = _types(particles)
+    acc, _ = _types(particles)
     tile = _pairs_tile(M, D, acc)
     splits, steps = _splits(G, D, tile["LANES"] * tile["V"])
     norm = ("own" if splits == 1 else "given") if normalize else "unit"
@@ -205,13 +218,27 @@ def _distances_at_once(particles, product, normalize, eps):
     else:
         inverse_norm = _inverse_norms(particles, None, eps) if normalize else _ones(particles, M)
     d, alignment = (torch.empty(splits, M, M, G, dtype=acc, device=particles.device) for _ in range(2))
+    constants = {"SOURCE": "particles" if product is None else "product", "NORM": norm, "EPS": eps}
+    _launch_distances(particles, product, inverse_norm, d, alignment, tile | {"STEPS": steps} | constants)
+    return d, alignment, inverse_norm
+
+
+def _launch_distances(particles, product, inverse_norm, d, alignment, constants, tail=None, contrasts=None, rule=None,
+                      log_count=1.0):  # fmt: skip
+    """d [splits, M, M, G], alignment likewise.
+
+    tail: its d and alignment; contrasts [M, G, D], written; rule: h, exact h and parts, which come of the medians
+    """
+    (M, G, D), splits = particles.shape, len(d)
     w = particles if product is None else product
     numbers = D, G, splits, *_strides(particles, w)
-    constants = {"M": M, "HAS_PRODUCT": product is not None, "KAPPA": _kappa(M), "NORM": norm, "EPS": eps}
-    constants |= {"WHOLE": splits == 1, "STEPS": steps, "ACC": ACC} | tile
-    tensors = particles, w, inverse_norm, d, alignment
+    constants = {"M": M, "KAPPA": _kappa(M), "UNIT": 1.0, "TAIL": 0.0, "HAS_TAIL": tail is not None} | constants
+    constants |= {"CONTRASTS": contrasts is not None, "WEIGHT": 1 / (M - math.sqrt(M)), "RULE": rule is not None}
+    constants |= {"CONTRASTS_UNIT": _unit(contrasts)}
+    constants |= {"LOG_COUNT": log_count, "FLOOR": FLOOR, "WHOLE": splits == 1, "ACC": _types(d)[1]}
+    tensors = particles, w, inverse_norm, *(tail or (d, alignment)), d, alignment
+    tensors += (d if contrasts is None else contrasts, *(rule or (d, d, d)))
     _launch(_pair_distances_kernel, G * splits, tensors, numbers, constants)
-    return d, alignment, inverse_norm
 
 
 def _distances_in_blocks(particles, others, product, normalize, eps):
@@ -249,8 +276,7 @@ def median_rule(distances, alignment, log_count):
     distances [Mi, Mj, G], alignment [Mi, Mj, G] or None -> value [], c [Mi, Mj, G], h [Mj, G], projection [Mi, G]
     """
     distances = distances.contiguous()
-    aligned = alignment is not None
-    alignment = alignment.contiguous() if aligned else distances
+    alignment = None if alignment is None else alignment.contiguous()
     MI, MJ, G = distances.shape
     C = MJ * G
     rows = triton.next_power_of_2(MI)
@@ -261,18 +287,23 @@ def median_rule(distances, alignment, log_count):
     value, c, h = distances.new_empty(()), torch.empty_like(distances), distances.new_empty(MJ, G)
     projection = distances.new_empty(MI, G)
     exact, parts = (distances.new_empty(size, dtype=torch.float64) for size in ((MJ, G), (MI, programs)))
-    constants = {"MI": MI, "ROWS": rows, "LOG_COUNT": log_count, "FLOOR": 1e-12, "STEPS": steps, "COLUMNS": columns}
+    constants = {"MI": MI, "ROWS": rows, "LOG_COUNT": log_count, "FLOOR": FLOOR, "STEPS": steps, "COLUMNS": columns}
     constants |= {"num_warps": min(4, triton.cdiv(rows * columns, 128))}
     _launch(_bandwidth_kernel, programs, (distances, h, exact, parts), (C, programs), constants)
 
-    samples = min(32, triton.next_power_of_2(G))
+    _launch_coefficients(distances, alignment, exact, parts, value, c, projection)
+    return value, c, h, projection
+
+
+def _launch_coefficients(distances, alignment, exact, parts, value, c, projection):
+    (MI, MJ, G), programs = distances.shape, parts.shape[1]
+    rows, samples = triton.next_power_of_2(MI), min(32, triton.next_power_of_2(G))
     block, block_all = (min(most, triton.next_power_of_2(programs)) for most in (256, 2048 // rows))
     constants = {"MI": MI, "MJ": MJ, "ROWS": rows, "STEPS": triton.cdiv(programs, block), "BLOCK": block}
     constants |= {"STEPS_ALL": triton.cdiv(programs, block_all), "BLOCK_ALL": block_all}
-    constants |= {"SAMPLES": samples, "ALIGNED": aligned, "num_warps": 4}
-    tensors = distances, alignment, exact, parts, value, c, projection
+    constants |= {"SAMPLES": samples, "ALIGNED": alignment is not None, "num_warps": 4}
+    tensors = distances, distances if alignment is None else alignment, exact, parts, value, c, projection
     _launch(_coefficients_kernel, MI * triton.cdiv(G, samples), tensors, (G, programs), constants)
-    return value, c, h, projection
 
 
 def combine(particles, others, product, inverse_norm, coefficients, projection):
@@ -296,24 +327,43 @@ def _combine(particles, others, product, inverse_norm, coefficients, projection,
     others = particles if same else _rows(others)
     (MI, G, D), MJ = particles.shape, others.shape[0]
     acc, ACC = _types(particles)
-    tile = _rows_tile(D, acc)
-    tiles = triton.cdiv(D, tile["LANES"] * tile["V"])
-    w = particles if product is None else product
     small = [x.contiguous() for x in (inverse_norm, coefficients, projection)]
     gradient = torch.empty(MI, G, D, dtype=particles.dtype, device=particles.device)
-    constants = {"HAS_PRODUCT": product is not None, "KAPPA": _kappa(MI if same else MI + MJ), "ACC": ACC} | tile
-    constants |= {"HAS_MIXED": mixed is not None}
-    mixed = gradient if mixed is None else mixed
     if same and MI <= ROWS_AT_ONCE:
-        numbers = D, G, tiles, *_strides(particles, w)
-        _launch(_combine_kernel, G * tiles, (particles, w, *small, mixed, gradient), numbers, constants | {"M": MI})
-    else:
-        tensors = particles, others, w, w if product is None else product.sum(0), *small, mixed, gradient
-        numbers = D, G, tiles, *_strides(particles, others, w)
-        block = _even_blocks(MI, COMBINE_BLOCK)
-        constants |= {"MI": MI, "MJ": MJ, "SAME": same, "BLOCK_I": block}
-        _launch(_combine_blocks_kernel, G * tiles * triton.cdiv(MI, block), tensors, numbers, constants)
+        _launch_combine(particles, product, *small, mixed, gradient)
+        return gradient
+    tile = _rows_tile(D, acc)
+    tiles = triton.cdiv(D, tile["LANES"] * tile["V"])
+    block = _even_blocks(MI, COMBINE_BLOCK)
+    w, w_sum = (particles, particles) if product is None else (product, product.sum(0))
+    tensors = particles, others, w, w_sum, *small, gradient if mixed is None else mixed, gradient
+    numbers = D, G, tiles, *_strides(particles, others, w)
+    constants = {"MI": MI, "MJ": MJ, "SAME": same, "HAS_PRODUCT": product is not None, "HAS_MIXED": mixed is not None}
+    constants |= {"KAPPA": _kappa(MI if same else MI + MJ), "BLOCK_I": block, "ACC": ACC} | tile
+    _launch(_combine_blocks_kernel, G * tiles * triton.cdiv(MI, block), tensors, numbers, constants)
     return gradient
+
+
+def _launch_combine(particles, product, inverse_norm, coefficients, projection, mixed, gradient, rule=None, unit=1.0,
+                    project=True):  # fmt: skip
+    """A few rows. Without `project` the gradient is the sum alone, and needs no particles where there is a product.
+
+    rule: d, alignment, exact h, parts and the value, for coefficients and projection to be made here
+    """
+    M, G, D = gradient.shape
+    acc, ACC = _types(gradient)
+    tile = _rows_tile(D, acc)
+    tiles = triton.cdiv(D, tile["LANES"] * tile["V"])
+    rows = product if particles is None else particles
+    w = rows if product is None else product
+    block = min(128, triton.next_power_of_2(G))
+    constants = {"M": M, "HAS_PRODUCT": product is not None, "HAS_MIXED": mixed is not None, "KAPPA": _kappa(M)}
+    constants |= {"UNIT": unit, "RULE": rule is not None, "STEPS": triton.cdiv(G, block), "BLOCK": block}
+    constants |= {"PROJECT": project, "ACC": ACC} | tile
+    tensors = rows, w, inverse_norm, *(rule or [coefficients] * 5), coefficients, projection
+    tensors += (gradient if mixed is None else mixed, gradient)
+    numbers = D, G, tiles, *_strides(rows, w), coefficients.stride(1), coefficients.stride(2)
+    _launch(_combine_kernel, G * tiles, tensors, numbers, constants)
 
 
 def coordinates(particles, others, product):

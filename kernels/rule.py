@@ -9,6 +9,21 @@ import triton.language as tl
 
 
 @triton.jit
+def _medians(d, inside, MI: tl.constexpr, LOG_COUNT: tl.constexpr, FLOOR: tl.constexpr):
+    """d [columns, rows], infinity where not `inside` -> h [columns]; exp(-d / h) [columns, rows], 0 there."""
+    row = tl.arange(0, d.shape[1])
+    ordered = tl.sort(d, 1).to(tl.float64)
+    lower = tl.sum(tl.where(row[None, :] == (MI - 1) // 2, ordered, 0.0), 1)
+    upper = tl.sum(tl.where(row[None, :] == MI // 2, ordered, 0.0), 1)
+    h = (lower + upper) * 0.5 / LOG_COUNT + FLOOR
+    h = tl.where(tl.sum((d != d).to(tl.int32), 1) > 0, float("nan"), h)  # a sort may lose NaN
+    kernel = tl.exp(-tl.where(inside, d, 0.0).to(tl.float64) / h[:, None])
+    unsound = (d == float("inf")) | (d != d)
+    kernel = tl.where(unsound, float("nan"), kernel)  # an infinity would only make a kernel value 0
+    return h, tl.where(inside, kernel, 0.0)
+
+
+@triton.jit
 def _bandwidth_kernel(
     distances,  # [MI, C]
     bandwidth,  # [C]
@@ -26,17 +41,10 @@ def _bandwidth_kernel(
         column = (pid * STEPS + step) * COLUMNS + tl.arange(0, COLUMNS)
         inside = (column < C)[:, None] & (row < MI)[None, :]
         d = tl.load(distances + row[None, :].to(tl.int64) * C + column[:, None], mask=inside, other=float("inf"))
-        unsound = inside & ((d == float("inf")) | (d != d))
-        ordered = tl.sort(d, 1).to(tl.float64)
-        lower = tl.sum(tl.where(row[None, :] == (MI - 1) // 2, ordered, 0.0), 1)
-        upper = tl.sum(tl.where(row[None, :] == MI // 2, ordered, 0.0), 1)
-        h = (lower + upper) * 0.5 / LOG_COUNT + FLOOR
-        h = tl.where(tl.sum((d != d).to(tl.int32), 1) > 0, float("nan"), h)  # a sort may lose NaN
+        h, kernel = _medians(d, inside, MI, LOG_COUNT, FLOOR)
         tl.store(bandwidth + column, h, mask=column < C)
         tl.store(exact + column, h, mask=column < C)
-        kernel = tl.exp(-tl.where(inside, d, 0.0).to(tl.float64) / h[:, None])
-        kernel = tl.where(unsound, float("nan"), kernel)  # an infinity would only make a kernel value 0
-        sums += tl.sum(tl.where(inside, kernel, 0.0), 0)
+        sums += tl.sum(kernel, 0)
     tl.store(parts + row * programs + pid, sums, mask=row < MI)
 
 
@@ -91,3 +99,36 @@ def _coefficients_kernel(
         sums = _row_sums(parts, 0, programs, MI, ROWS, BLOCK_ALL, STEPS_ALL)
         logs = tl.log(tl.where(tl.arange(0, ROWS) < MI, sums / groups, 1.0))
         tl.store(value, tl.sum(logs, 0) / groups)
+
+
+@triton.jit
+def _own_coefficients(
+    distances,  # [M, M, G]
+    alignments,  # [M, M, G]
+    exact,  # [M, G], float64: bandwidths
+    parts,  # [M, G], float64
+    value,  # []
+    coefficients,  # [G, M, M]
+    projection,  # [M, G]
+    g, G, M: tl.constexpr, STEPS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """All of one sample. Programs that share a sample write the same numbers, and read what they wrote themselves."""
+    groups = tl.full((), 0.0, tl.float64) + G  # G may be a constant
+    sums = _row_sums(parts, 0, G, M, 16, BLOCK, STEPS)
+    i, j = tl.arange(0, 16)[:, None], tl.arange(0, 16)[None, :]
+    inside = (i < M) & (j < M)
+    at = (i * M + j).to(tl.int64) * G + g
+    d = tl.load(distances + at, mask=inside, other=0.0)
+    a = tl.load(alignments + at, mask=inside, other=0.0)
+    h = tl.load(exact + j.to(tl.int64) * G + g, mask=inside, other=1.0)
+    row = tl.arange(0, 16)
+    scale = -2.0 / (groups * tl.where(row < M, sums, 1.0))
+    c = scale[:, None] * tl.exp(-d.to(tl.float64) / h) / h
+    c = tl.where(d == 0, 0.0, c).to(d.dtype)
+    tl.store(coefficients + g * (M * M) + (i * M + j), c, mask=inside)
+    t = tl.sum(c.to(tl.float64) * a.to(tl.float64), 1)
+    tl.store(projection + row.to(tl.int64) * G + g, t, mask=row < M)
+    if tl.program_id(0) == 0:
+        logs = tl.log(tl.where(row < M, sums / groups, 1.0))
+        tl.store(value, tl.sum(logs, 0) / groups)
+    tl.debug_barrier()

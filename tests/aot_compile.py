@@ -14,13 +14,13 @@ from pathlib import Path
 
 import torch
 import triton
-from forde_fast.kernels import repulsion
+from forde_fast.kernels import at_once, repulsion
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 TILE = ("BLOCK_I", "BLOCK_J", "BLOCK", "ROWS", "COLUMNS", "SAMPLES", "LANES", "V")
-TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float64: "*fp64"}
+TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float64: "*fp64"}
 
 
 def launches(members, others, samples, columns, dtype, with_product, normalize=True):
@@ -42,6 +42,13 @@ def launches(members, others, samples, columns, dtype, with_product, normalize=T
         mixed = torch.empty(particles.shape, dtype=z.dtype, device="meta")
         repulsion.project(particles, mixed, other, None, normalize, 1e-24)
         repulsion.project(particles, mixed, other, c, normalize, 1e-24)
+    acc = repulsion._types(particles)[0]
+    if others is None and 2 <= members <= repulsion._most_rows_at_once(acc) and normalize:
+        half = acc if acc == torch.float64 else torch.float16
+        factor = torch.empty(columns, 256, dtype=acc, device="meta")
+        matrix = torch.empty(columns, columns, dtype=half, device="meta") if with_product else None
+        at_once.at_once(particles, None, matrix, 0.5, True, 1e-24, 2.3)
+        at_once.at_once_low_rank(particles, factor, factor.to(half), 0.5, 0.01, 1e-24, 2.3, "tf32")
     return recorded
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from forde_fast import validation
 from forde_fast.lengthscales.base import Lengthscale, blended
 from forde_fast.lengthscales.spectrum import spectrum_of
-from forde_fast.precision import matmul
+from forde_fast.precision import in_half, matmul
 from forde_fast.validation import expect
 
 
@@ -133,6 +133,16 @@ class PCA(Lengthscale):
             thin = 2 * self.rank <= self.dimension and bool((excess >= 0).all())
             basis = self.eigenvectors * excess.clamp_min(0).sqrt()
             self._cache[key] = (basis.to(device, dtype).contiguous(), self.tail) if thin else None
+        return self._cache[key]
+
+    def in_half(self, device: torch.device) -> tuple[Tensor, float] | None:
+        """(matrix, unit), made once: unit times the matrix in float16 is F of `factors`, or C where there are none.
+        None where a product with C takes two matrices."""
+        key = "half", device
+        if key not in self._cache:
+            factors = self.factors(torch.float32, device)
+            matrix, *more = self._operands(torch.float32, device) if factors is None else factors[:1]
+            self._cache[key] = None if more else in_half(matrix)
         return self._cache[key]
 
     def _operands(self, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
