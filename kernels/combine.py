@@ -10,6 +10,7 @@ from .rows import (
     _load_row,
     _load_rows,
     _load_scalars,
+    _multiple,
     _scale,
     _with_row_0,
     _zeros,
@@ -53,6 +54,8 @@ def _combine_kernel(
     """A few rows: all stay in registers. UNIT is a factor of the sum; by the RULE, coefficients are made here."""
     pid = tl.program_id(0).to(tl.int64)
     g = pid // tiles
+    D, particles_m, particles_g = _multiple(D, V), _multiple(particles_m, V), _multiple(particles_g, V)
+    product_m, product_g = _multiple(product_m, V), _multiple(product_g, V)
     d = (pid % tiles).to(tl.int32) * (LANES * V) + _columns(LANES, V)
     particles += g * particles_g
     first = g * 0  # 64 bits wide

@@ -4,7 +4,7 @@
 import triton
 import triton.language as tl
 
-from .rows import _columns, _inverse_root, _load_row, _load_rows, _load_scalars, _own_norms, _scale
+from .rows import _columns, _inverse_root, _load_row, _load_rows, _load_scalars, _multiple, _own_norms, _scale
 
 
 @triton.jit
@@ -18,6 +18,7 @@ def _norms_kernel(
     """1 / norm where one program sees the WHOLE row, else the sum of squares of its columns."""
     pid = tl.program_id(0).to(tl.int64)
     m, split, g = pid % M, pid // M % splits, pid // M // splits
+    D, rows_m, rows_g = _multiple(D, V), _multiple(rows_m, V), _multiple(rows_g, V)
     rows += m * rows_m + g * rows_g
     squares = tl.zeros([LANES, V], ACC)
     first_step = split.to(tl.int32) * STEPS
@@ -47,6 +48,7 @@ def _contrasts_kernel(
     N: tl.constexpr = MI + MJ
     pid = tl.program_id(0).to(tl.int64)
     g, split = pid // splits, pid % splits
+    D, particles_m, particles_g = _multiple(D, V), _multiple(particles_m, V), _multiple(particles_g, V)
     particles += g * particles_g
     others += g * others_g
     first = g * 0  # 64 bits wide

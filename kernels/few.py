@@ -10,7 +10,18 @@ import triton
 import triton.language as tl
 
 from .pairs import _store_pair, _sum_16
-from .rows import _columns, _load_row, _load_rows, _load_scalars, _own_norms, _scale, _split, _with_row_0, _zeros
+from .rows import (
+    _columns,
+    _load_row,
+    _load_rows,
+    _load_scalars,
+    _multiple,
+    _own_norms,
+    _scale,
+    _split,
+    _with_row_0,
+    _zeros,
+)
 from .rule import _medians
 
 
@@ -105,6 +116,8 @@ def _pair_distances_kernel(
     """
     pid = tl.program_id(0).to(tl.int64)
     g, split = pid // splits, pid % splits
+    D, particles_m, particles_g = _multiple(D, V), _multiple(particles_m, V), _multiple(particles_g, V)
+    product_m, product_g = _multiple(product_m, V), _multiple(product_g, V)
     size = (g * 0 + G) * D
     particles += g * particles_g
     product += g * product_g

@@ -33,10 +33,9 @@ HALF = 2.0**13  # the unit of contrasts in float16: of unit vectors, they are at
 
 
 def _vectors(V, D, warps):
-    """LANES threads with V neighbouring columns each: no more than D needs, single ones where rows are unaligned."""
-    V = V if D % V == 0 else 1
+    """LANES threads with V neighbouring columns each, fewer where rows are unaligned: no more than D needs."""
     warps = min(warps, triton.next_power_of_2(triton.cdiv(D, 32 * V)))
-    return {"LANES": 32 * warps, "V": V, "num_warps": warps}
+    return {"LANES": 32 * warps, "V": math.gcd(V, D), "num_warps": warps}
 
 
 def _even_blocks(rows, most):
@@ -66,7 +65,9 @@ def _blocks_tile(MI, MJ, D, acc):
 
 def _rows_tile(D, acc, warps=4):
     """16 bytes of each row in a thread: a row or a block of them is on its way at once."""
-    return _vectors(4 if acc == torch.float32 else 2, D, warps)
+    V = 4 if acc == torch.float32 else 2
+    tile = _vectors(V, D, warps)
+    return tile | {"LANES": tile["LANES"] * V // tile["V"]}  # as many columns where fewer lie together
 
 
 def _splits(G, D, block, programs=1):
@@ -84,7 +85,11 @@ def _types(particles):
 
 
 def _rows(x):
-    return x if x is None or x.stride(-1) == 1 else x.contiguous()
+    """Rows that lie in one piece each, and as far apart as `_multiple` says."""
+    if x is None:
+        return None
+    apart = [x.stride(k) % math.gcd(4, x.shape[2]) for k in (0, 1) if x.shape[k] > 1]
+    return x.contiguous() if any(apart) or x.stride(2) != 1 else x
 
 
 def _strides(*tensors):
