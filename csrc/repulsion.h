@@ -17,7 +17,6 @@ struct Sample {
   const void* const* values;  // [N] -> [D] of the input type
   const void* const* product; // [N-1] -> [D] of the computing type: contrasts times C; null: C is the identity
   const double* norm;         // [N], sqrt(|p|^2 + eps), or 1
-  const void* const* ahead;   // [N], the rows of the sample that is read next, or null
 };
 
 struct Kernels {
@@ -34,13 +33,15 @@ struct Kernels {
                   void* const* out, bool past_caches);
   // t[i] += sum_k s_i[k] times what combine sums there before it takes t away
   void (*along)(const Sample&, int64_t begin, int64_t end, const void* const* mixed, const double* c, double* t);
+  // x[k] = exp(x[k]), x[k] <= 0
+  void (*exponentials)(double* x, int64_t count);
 };
 
-// The same kernels, compiled for several instruction sets.
-const Kernels& portable_kernels(Input input);
+// The same kernels, compiled for several instruction sets; `wide` computes in double whatever the input is.
+const Kernels& portable_kernels(Input input, bool wide);
 #if defined(__x86_64__)
-const Kernels& avx2_kernels(Input input);
-const Kernels& avx512_kernels(Input input);
+const Kernels& avx2_kernels(Input input, bool wide);
+const Kernels& avx512_kernels(Input input, bool wide);
 #endif
 
 }  // namespace forde_fast

@@ -54,6 +54,11 @@ library.define(
     "at_once_low_rank(Tensor particles, Tensor factor, Tensor first_factor, float unit, float tail, float eps,"
     " float log_count, str precision) -> (Tensor value, Tensor gradient, Tensor bandwidth, Tensor distances)"
 )
+# Optional: `fused` for C = F F^T + tail I, factor F [D, K], between at least two particles.
+library.define(
+    "fused_by_factor(Tensor particles, Tensor factor, float tail, bool normalize, float eps, float log_count)"
+    " -> (Tensor value, Tensor gradient, Tensor bandwidth, Tensor distances)"
+)
 library.define("attach_gradient(Tensor particles, Tensor value, Tensor gradient) -> Tensor")
 library.define("scale_gradient(Tensor particles, Tensor gradient, Tensor factor) -> Tensor")
 
@@ -105,6 +110,7 @@ def _(distances, alignment, log_count):
 @torch.library.register_fake("forde_fast::fused")
 @torch.library.register_fake("forde_fast::at_once")
 @torch.library.register_fake("forde_fast::at_once_low_rank")
+@torch.library.register_fake("forde_fast::fused_by_factor")
 def _(particles, *_):
     members, groups = particles.shape[:2]
     wide = functools.partial(particles.new_empty, dtype=accumulation_dtype(particles.dtype))

@@ -116,9 +116,11 @@ def repulsion(
     if name == "reference":
         _check_finite(particles, others)
         result = implementation.repulsion(particles, lengthscale, others, normalize, eps, bandwidth)
-    elif name == "cuda":
-        _check_fused(particles, lengthscale, others, bandwidth)
+    elif name == "cuda" or (name == "cpp" and others is None and _is_default(bandwidth)):
+        if name == "cuda":
+            _check_fused(particles, lengthscale, others, bandwidth)
         result = _fused(implementation, particles, lengthscale, normalize, eps, precision)
+        _check_finite(particles, others, result.value)
     elif name == "triton" and _fits_at_once(particles, lengthscale, others, normalize, bandwidth):
         result = _at_once(implementation, particles, lengthscale, normalize, eps, precision)
         _check_finite(particles, others, result.value)
@@ -183,12 +185,11 @@ def _distances(operations, particles, others, lengthscale, normalize, eps, preci
     product = None
     if rows > 1 and not _is_identity(lengthscale):
         contrasts = operations.contrasts(particles, others, normalize, eps)
-        if hasattr(lengthscale, "factors"):
-            factors = lengthscale.factors(contrasts.dtype, contrasts.device)
-            if factors is not None:
-                x = matmul(contrasts, factors[0], precision)
-                rest = normalize, eps, dtype, precision
-                return _distances_by_factors(operations, particles, others, x, *factors, *rest)
+        factors = _factors(lengthscale, contrasts)
+        if factors is not None:
+            x = matmul(contrasts, factors[0], precision)
+            rest = normalize, eps, dtype, precision
+            return _distances_by_factors(operations, particles, others, x, *factors, *rest)
         product = _product(lengthscale, contrasts, precision)
     d, alignment, norm = operations.pair_distances(particles, others, product, normalize, eps)
     return d, ByProduct(particles, others, product, norm, alignment, normalize, dtype, operations)
@@ -213,12 +214,18 @@ def _combine(state, c: Tensor, projection: Tensor | None = None) -> Tensor:
 @torch.no_grad()
 def _fused(operations, particles, lengthscale, normalize, eps, precision):
     dtype, wide = particles.dtype, operators.accumulation_dtype(particles.dtype)
-    particles = particles.detach().to(_computed(particles))
-    product = None
-    if len(particles) > 1 and not _is_identity(lengthscale):
-        contrasts = operations.contrasts(particles, None, normalize, eps)
-        product = _product(lengthscale, contrasts, precision)
+    particles, product = particles.detach(), None
     log_count = Median().log_count(particles[None])
+    weighed = len(particles) > 1 and not _is_identity(lengthscale)
+    # without a lengthscale the C++ one widens what it reads by itself
+    if weighed or particles.is_cuda:
+        particles = particles.to(_computed(particles))
+    if weighed:
+        factors = _factors(lengthscale, particles) if particles.is_cpu else None
+        if factors is not None:
+            results = operations.fused_by_factor(particles, *factors, normalize, eps, log_count)
+            return Repulsion(*(x.to(kind) for x, kind in zip(results, (wide, dtype, wide, wide), strict=True)))
+        product = _product(lengthscale, operations.contrasts(particles, None, normalize, eps), precision)
     value, gradient, h, d = operations.fused(particles, product, normalize, eps, log_count)
     return Repulsion(value.to(wide), gradient.to(dtype), h.to(wide), d.to(wide))
 
@@ -228,7 +235,7 @@ def _at_once(operations, particles, lengthscale, normalize, eps, precision):
     dtype, wide = particles.dtype, operators.accumulation_dtype(particles.dtype)
     particles = particles.detach().to(_computed(particles))
     acc, log_count = operators.accumulation_dtype(particles.dtype), Median().log_count(particles[None])
-    factors = lengthscale.factors(acc, particles.device) if hasattr(lengthscale, "factors") else None
+    factors = _factors(lengthscale, particles)
     rounded = normalize and precision == "tf32" and acc == torch.float32 and _rounds(particles.device)
     half = lengthscale.in_half(particles.device) if rounded and isinstance(lengthscale, PCA) else None
     if factors is not None:
@@ -260,6 +267,12 @@ def _fits_at_once(particles, lengthscale, others, normalize, bandwidth) -> bool:
 
 def _computed(particles: Tensor) -> torch.dtype:
     return torch.float64 if particles.shape[2] <= EXACT_COLUMNS else particles.dtype
+
+
+def _factors(lengthscale, rows):
+    """F [D, K] and the tail for rows of this dtype and on this device, or None."""
+    dtype = operators.accumulation_dtype(rows.dtype)
+    return lengthscale.factors(dtype, rows.device) if hasattr(lengthscale, "factors") else None
 
 
 def _choose(backend: str, particles, others, lengthscale, eps, precision):

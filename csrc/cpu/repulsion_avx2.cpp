@@ -24,10 +24,14 @@ namespace {
 constexpr int64_t kBytes = 32;
 inline void store_past_caches(const void* v, void* to) { _mm256_stream_ps(static_cast<float*>(to), *static_cast<const __m256*>(v)); }
 inline void finish_stores() { _mm_sfence(); }
+constexpr bool kMultiplyAdds = true;
+#include "vectors.h"
+#include "tiles.h"
 #include "repulsion_kernels.h"
+#include "mixing_kernels.h"
 }  // namespace
 
-const Kernels& avx2_kernels(Input input) { return kernels_for(input); }
+const Kernels& avx2_kernels(Input input, bool wide) { return kernels_for(input, wide); }
 
 }  // namespace forde_fast
 

@@ -12,9 +12,13 @@ namespace {
 constexpr int64_t kBytes = 16;
 inline void store_past_caches(const void* v, void* to) { std::memcpy(to, v, kBytes); }
 inline void finish_stores() {}
+constexpr bool kMultiplyAdds = false;
+#include "vectors.h"
+#include "tiles.h"
 #include "repulsion_kernels.h"
+#include "mixing_kernels.h"
 }  // namespace
 
-const Kernels& portable_kernels(Input input) { return kernels_for(input); }
+const Kernels& portable_kernels(Input input, bool wide) { return kernels_for(input, wide); }
 
 }  // namespace forde_fast
