@@ -74,11 +74,17 @@ def make_particles(case: str, shape: Shape, seed: int, dtype: torch.dtype = torc
     return CASES[case](shape, torch.Generator().manual_seed(seed)).to(dtype)
 
 
+def _orthonormal(size: int, generator) -> Tensor:
+    """A random basis [D, D]; beyond 1024 the Kronecker product of two, as QR takes D^3."""
+    first = max(k for k in range(1, math.isqrt(size) + 1) if size % k == 0) if size > 1024 else 1
+    return torch.kron(*(torch.linalg.qr(_normal((k, k), generator))[0] for k in (first, size // first)))
+
+
 @functools.lru_cache(maxsize=8)
 def make_pca(dimension: int, rank: int | None = None, tail: float = 0.0, seed: int = 0) -> PCA:
     """A random orthonormal basis with eigenvalues from 100 down to 0.01, as images have; its first `rank` columns."""
     generator = torch.Generator().manual_seed(seed)
-    basis = torch.linalg.qr(_normal((dimension, dimension), generator))[0]
+    basis = _orthonormal(dimension, generator)
     eigenvalues = torch.logspace(2, -2, dimension, dtype=torch.float64, device="cpu")
     rank = dimension if rank is None else rank
     return PCA(basis[:, :rank], eigenvalues[:rank], tail)

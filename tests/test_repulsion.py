@@ -1,5 +1,6 @@
 """The operation: every backend against the published code's numbers and against the float64 oracle."""
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,8 @@ import torch
 
 import forde_fast as ff
 from forde_fast import reference
-from forde_fast.testing import CASES, DRAWS, compare, make_particles, make_pca
+from forde_fast.rule import kernel_rule
+from forde_fast.testing import CASES, DRAWS, LENGTHSCALES, compare, make_lengthscale, make_particles, make_pca
 
 GOLDEN = sorted((Path(__file__).parent / "golden").glob("repulsion_*.npz"))
 FAST = ["cpp", "triton"]  # "cuda" does the default path only: test_cuda.py
@@ -333,3 +335,62 @@ def test_pairs_with_others_on_every_instruction_set(capability):
             result = ff.repulsion(particles, lengthscale(kind, 77), others=others, backend="cpp")
             for part, same in zip(result, exact, strict=True):
                 assert torch.allclose(part, same, rtol=1e-10, atol=1e-14)
+
+
+def in_stages(particles, scale, normalize):
+    d, state = ff.distances(particles, scale, normalize=normalize, backend="cpp")
+    value, c, h = kernel_rule(d)
+    return value, ff.combine(state, c), h, d
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("kind", [*LENGTHSCALES, "without tail"])
+def test_two_passes_are_the_stages(kind, normalize, capability):
+    """Samples that fill a thread's turns and that do not, one sample alone, columns split over threads, ends of tiles."""
+    for shape in ((2, 1, 9), (3, 40, 7), (10, 3, 260), (5, 17, 30), (1, 4, 12), (33, 2, 12), (2, 1, 40_000)):
+        if shape[2] > 1000 and kind != "identity":
+            continue
+        size = shape[2]
+        scale = make_pca(size, 1 + size // 4) if kind == "without tail" else make_lengthscale(kind, size)
+        particles = torch.randn(shape, dtype=F64)
+        result = ff.repulsion(particles, scale, normalize=normalize, backend="cpp")
+        for part, same in zip(result, in_stages(particles, scale, normalize), strict=True):
+            assert torch.allclose(part, same, rtol=1e-9, atol=1e-13)
+
+
+@pytest.mark.parametrize("kind", LENGTHSCALES)
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_few_columns_are_computed_in_float64(kind, dtype, capability):
+    particles, scale = torch.randn(5, 9, 50).to(dtype), make_lengthscale(kind, 50)
+    result = ff.repulsion(particles, scale, backend="cpp")
+    exact = ff.repulsion(particles.double(), scale, backend="cpp")
+    for part, wide in zip(result, exact, strict=True):
+        assert torch.equal(part, wide.to(part.dtype))
+
+
+def test_rows_along_one_axis_differ_by_nothing(capability):
+    """s = 1 or -1 whatever the length: a rounding of it would be divided by h = 1e-12."""
+    particles = torch.zeros(7, 3, 300)
+    particles[..., 4] = torch.rand(7, 3) * torch.tensor([1e-6, 1.0, 1e6]) + 1e-7
+    for kind in ("identity", "pca", "low rank"):
+        result = ff.repulsion(particles, lengthscale(kind, 300), backend="cpp")
+        if kind == "identity":
+            assert (result.distances == 0).all()
+        assert (result.gradient == 0).all(), kind
+
+
+def test_overflow_is_found_on_every_way():
+    usable("cpp")
+    for kind in ("identity", "pca", "low rank"):
+        with pytest.raises(ValueError, match="an overflow"):
+            ff.repulsion(torch.full((3, 2, 300), 1e30), lengthscale(kind, 300), backend="cpp")
+
+
+def test_kernel_values_of_far_particles_vanish(capability):
+    d = torch.rand(6, 6, 20, dtype=F64) * 10.0 ** torch.arange(-20, 0) + 1e-30
+    d[:, :, ::2] *= torch.logspace(0, 4, 6, dtype=F64)[:, None, None]
+    d[range(6), range(6)] = 0
+    value, c, h, _ = torch.ops.forde_fast.median_rule(d, None, math.log(6))
+    for part, exact in zip((value, c, h), kernel_rule(d), strict=True):
+        assert torch.allclose(part, exact, rtol=1e-14, atol=1e-300)
+    assert (c == 0).sum() > 6 * 20

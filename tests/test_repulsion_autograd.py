@@ -57,6 +57,8 @@ def test_opcheck():
         torch.library.opcheck(operations.combine, arguments)
         torch.library.opcheck(operations.coordinates, (particles, given, z[..., :3]))
         torch.library.opcheck(operations.project, (particles, particles, given, torch.rand_like(d), True, 1e-24))
+    torch.library.opcheck(operations.fused, (particles, None, True, 1e-24, 1.0))
+    torch.library.opcheck(operations.fused_by_factor, (particles, torch.randn(10, 3), 0.1, True, 1e-24, 1.0))
     tracked = particles.requires_grad_()
     torch.library.opcheck(operations.attach_gradient, (tracked, torch.tensor(1.0), torch.randn(3, 4, 10)))
 

@@ -1,13 +1,13 @@
 // What gradients are made of, a row at a time: mixed_i + sum_j c[i,j] (q_i - q_j).
 
-template <class T, class In, bool kMixed>
+template <class T, class In, bool kMixed, int64_t kVectors>
 struct Mixture {
   using V = Vector<T>;
   static constexpr int64_t W = kWidth<T>, kUnroll = 4;  // vectors that share a coefficient
 
   const void* const* mixed;
   const int64_t first, repelling;  // the first row j, and how many there are: none without coefficients
-  Tiles<T, In> tiles;
+  Tiles<T, In, kVectors> tiles;
   T* weights;  // [moving, repelling]
 
   Mixture(const Sample& sample, const void* const* mixed, const double* c)
@@ -50,9 +50,9 @@ struct Mixture {
 };
 
 // out = (sum - along s_i) reciprocal of row i over a tile; the last vectors may be in part.
-template <bool kPast, class T, class In, bool kMixed>
-void combine_row(const Mixture<T, In, kMixed>& mixture, int64_t i, int64_t count, T along, T reciprocal, In* out) {
-  using M = Mixture<T, In, kMixed>;
+template <bool kPast, class T, class In, bool kMixed, int64_t kVectors>
+void combine_row(const Mixture<T, In, kMixed, kVectors>& mixture, int64_t i, int64_t count, T along, T reciprocal, In* out) {
+  using M = Mixture<T, In, kMixed, kVectors>;
   constexpr int64_t W = kWidth<T>;
   const Vector<T>* s = mixture.tiles.s_row(i);
   mixture.each(i, count, [&](int64_t v, const Vector<T>(&sum)[M::kUnroll]) {
@@ -64,10 +64,10 @@ void combine_row(const Mixture<T, In, kMixed>& mixture, int64_t i, int64_t count
   });
 }
 
-template <class T, class In, bool kMixed>
+template <class T, class In, bool kMixed, int64_t kVectors>
 void combine(const Sample& sample, int64_t begin, int64_t end, const void* const* mixed, const double* c, const double* t,
              void* const* out, bool past_caches) {
-  Mixture<T, In, kMixed> mixture(sample, mixed, c);
+  Mixture<T, In, kMixed, kVectors> mixture(sample, mixed, c);
   for (int64_t at = begin; at < end; at += mixture.tiles.columns()) {
     const int64_t count = std::min(mixture.tiles.columns(), end - at);
     mixture.tiles.load(at, count);
@@ -86,13 +86,20 @@ void combine(const Sample& sample, int64_t begin, int64_t end, const void* const
 template <class T, class In>
 void combine(const Sample& sample, int64_t begin, int64_t end, const void* const* mixed, const double* c, const double* t,
              void* const* out, bool past_caches) {
-  mixed ? combine<T, In, true>(sample, begin, end, mixed, c, t, out, past_caches)
-        : combine<T, In, false>(sample, begin, end, mixed, c, t, out, past_caches);
+  const auto by = [&](auto is_mixed, auto vectors) {
+    combine<T, In, decltype(is_mixed)::value, decltype(vectors)::value>(sample, begin, end, mixed, c, t, out, past_caches);
+  };
+  using Wide = std::integral_constant<int64_t, kMostVectors>;
+  using Slim = std::integral_constant<int64_t, kStep>;
+  if (sample.rows <= kFewRows)
+    mixed ? by(std::true_type(), Wide()) : by(std::false_type(), Wide());
+  else
+    mixed ? by(std::true_type(), Slim()) : by(std::false_type(), Slim());
 }
 
 template <class T, class In>
 void along(const Sample& sample, int64_t begin, int64_t end, const void* const* mixed, const double* c, double* t) {
-  using M = Mixture<T, In, true>;
+  using M = Mixture<T, In, true, kMostVectors>;
   M mixture(sample, mixed, c);
   for (int64_t at = begin; at < end; at += mixture.tiles.columns()) {
     const int64_t count = std::min(mixture.tiles.columns(), end - at);

@@ -27,7 +27,7 @@ void contrasts(const Sample& sample, int64_t begin, int64_t end, void* const* ou
   for (int64_t at = begin; at < end; at += tiles.columns()) {
     const int64_t count = std::min(tiles.columns(), end - at);
     tiles.load(at, count);
-    V shared[kVectors] = {};
+    V shared[kMostVectors] = {};
     const V* first = tiles.s_row(0);
     for (int64_t n = 1; n < sample.rows; ++n) {
       V* row = tiles.s_row(n);
@@ -51,7 +51,7 @@ template <class T, class In, bool kProduct, int64_t kI, int64_t kJ>
 inline void pair_block(const Tiles<T, In>& tiles, int64_t i, int64_t j, Vector<T>* totals, int64_t stride) {
   using V = Vector<T>;
   constexpr int64_t kUnroll = kI * kJ == 1 ? 8 : kI * kJ == 2 ? 4 : kI * kJ <= 4 ? 2 : 1;
-  const int64_t pitch = kVectors;
+  const int64_t pitch = kMostVectors;
   const V *s_i = tiles.s_row(i), *s_j = tiles.s_row(j), *q_i = tiles.q_row(i), *q_j = tiles.q_row(j);
   V sums[kUnroll][kI][kJ] = {};
   for (int64_t v = 0; v < tiles.used; v += kUnroll)
@@ -108,7 +108,7 @@ inline void growth_block(const Tiles<T, In>& tiles, int64_t n, Vector<T>* totals
   for (int64_t v = 0; v < tiles.used; v += kUnroll)
     for (int64_t u = 0; u < kUnroll; ++u)
       for (int64_t a = 0; a < kRows; ++a) {
-        const int64_t at = a * kVectors + v + u;
+        const int64_t at = a * kMostVectors + v + u;
         sums[u][a] += (q_n[at] - q_0[v + u]) * (s_n[at] + s_0[v + u]);
       }
   for (int64_t u = 0; u < kUnroll; ++u)

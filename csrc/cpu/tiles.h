@@ -2,10 +2,11 @@
 // Padding columns are zero and add nothing to any sum.
 
 constexpr int64_t kStep = 8;  // vectors of a tile's row are a multiple of it, so that loops may be unrolled
-constexpr int64_t kVectors = 4 * kStep;
+constexpr int64_t kMostVectors = 4 * kStep;
+constexpr int64_t kFewRows = 24;  // so many rows of kMostVectors stay in the first level of cache
 constexpr int64_t kRun = 4096;       // columns whose sums stay in vectors of the computing type
 
-template <class T, class In>
+template <class T, class In, int64_t kVectors = kMostVectors>
 struct Tiles {
   using V = Vector<T>;
   static constexpr int64_t W = kWidth<T>;
