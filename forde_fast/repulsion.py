@@ -119,7 +119,7 @@ def repulsion(
     elif name == "cuda" or (name == "cpp" and others is None and _is_default(bandwidth)):
         if name == "cuda":
             _check_fused(particles, lengthscale, others, bandwidth)
-        result = _fused(implementation, particles, lengthscale, normalize, eps, precision)
+        result = _fused(name, implementation, particles, lengthscale, normalize, eps, precision)
         _check_finite(particles, others, result.value)
     elif name == "triton" and _fits_at_once(particles, lengthscale, others, normalize, bandwidth):
         result = _at_once(implementation, particles, lengthscale, normalize, eps, precision)
@@ -212,16 +212,15 @@ def _combine(state, c: Tensor, projection: Tensor | None = None) -> Tensor:
 
 
 @torch.no_grad()
-def _fused(operations, particles, lengthscale, normalize, eps, precision):
+def _fused(name, operations, particles, lengthscale, normalize, eps, precision):
     dtype, wide = particles.dtype, operators.accumulation_dtype(particles.dtype)
     particles, product = particles.detach(), None
     log_count = Median().log_count(particles[None])
     weighed = len(particles) > 1 and not _is_identity(lengthscale)
-    # without a lengthscale the C++ one widens what it reads by itself
-    if weighed or particles.is_cuda:
+    if weighed or name != "cpp":  # which widens what it reads by itself, but no contrasts
         particles = particles.to(_computed(particles))
     if weighed:
-        factors = _factors(lengthscale, particles) if particles.is_cpu else None
+        factors = _factors(lengthscale, particles) if name == "cpp" else None
         if factors is not None:
             results = operations.fused_by_factor(particles, *factors, normalize, eps, log_count)
             return Repulsion(*(x.to(kind) for x, kind in zip(results, (wide, dtype, wide, wide), strict=True)))

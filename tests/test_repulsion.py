@@ -346,7 +346,7 @@ def in_stages(particles, scale, normalize):
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("kind", [*LENGTHSCALES, "without tail"])
 def test_two_passes_are_the_stages(kind, normalize, capability):
-    """Samples that fill a thread's turns and that do not, one sample alone, columns split over threads, ends of tiles."""
+    """Samples that fill the threads' turns or not, one sample, columns split over threads, ends of tiles."""
     for shape in ((2, 1, 9), (3, 40, 7), (10, 3, 260), (5, 17, 30), (1, 4, 12), (33, 2, 12), (2, 1, 40_000)):
         if shape[2] > 1000 and kind != "identity":
             continue
