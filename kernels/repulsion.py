@@ -50,7 +50,7 @@ def _most_rows_at_once(acc):
 
 def _pairs_tile(M, D, acc):
     """The fewer sums a thread has, the more columns of its rows fit beside them."""
-    V = (4 if M <= 12 else 2) if acc == torch.float32 else 1
+    V = (4 if M <= 10 else 2 if M <= 13 else 1) if acc == torch.float32 else 1
     return _vectors(V, D, 8)
 
 
