@@ -1,4 +1,4 @@
-"""The command line: forde-fast train | compare | evaluate | corrupt | doctor | verify | bench | info."""
+"""The command line: forde-fast train | compare | reproduce | report | experiment | evaluate | corrupt | ..."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import shlex
 import signal
 import sys
 from pathlib import Path
+
+from forde_fast.experiments import commands
 
 METRICS = {"accuracy": "A", "nll": "NLL", "ece": "ECE"}  # in tables as the paper has them: A, cA, cNLL, ...
 PREFIX = {"clean": "", "validation": "v", "corrupted": "c", "corrupted_all": "a", "corrupted_grey": "g"}
@@ -246,6 +248,7 @@ def _rank() -> int:
 COMMANDS = {
     "train": _train,
     "compare": _compare,
+    "reproduce": commands.reproduce,
     "evaluate": _evaluate,
     "corrupt": _corrupt,
     "doctor": _doctor,

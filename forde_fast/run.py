@@ -21,7 +21,16 @@ from forde_fast import config as configuration
 from forde_fast import distributed, models, plots
 from forde_fast.checkpoint import Checkpoints, load_ensemble, save_ensemble
 from forde_fast.config import TrainConfig
-from forde_fast.data import CORRUPTIONS, Loader, Normalisation, load, load_unknown, open_corrupted, stratified
+from forde_fast.data import (
+    CORRUPTIONS,
+    Images,
+    Loader,
+    Normalisation,
+    load,
+    load_unknown,
+    open_corrupted,
+    stratified,
+)
 from forde_fast.ensemble import Ensemble
 from forde_fast.evaluation import METRICS, score_members
 from forde_fast.files import write
@@ -40,7 +49,10 @@ FILES = ("config.toml", "log.jsonl", "epochs.jsonl", "checkpoints", "checkpoint.
 class Run:
     """Everything that is checked and read before any work: raises TypeError, ValueError or OSError in one line."""
 
-    def __init__(self, config: TrainConfig):
+    rest = 0.0  # seconds between the checkpoints that come after epochs
+
+    def __init__(self, config: TrainConfig, data: Images | None = None):
+        """data: the configuration's, where it has been read already."""
         self.config = config
         if config.tensorboard:
             check_tensorboard()
@@ -57,7 +69,7 @@ class Run:
             self.mesh = distributed.Mesh(config.members, parts, config.sync_batchnorm, self.device.type)
         self._own = range(config.members)[self.mesh.own]
         self.checkpoints = Checkpoints(self.folder / "checkpoints", self.mesh.rank, self.mesh.ranks)
-        self.data = load(config.data, config.data_dir, config.download)
+        self.data = load(config.data, config.data_dir, config.download) if data is None else data
         parts = []
         for part, size in (("train", config.train_size), ("test", config.test_size)):
             images, labels = getattr(self.data, f"{part}_images"), getattr(self.data, f"{part}_labels")
@@ -198,7 +210,11 @@ class Run:
                     board = opened.enter_context(TensorBoard(self.folder / "tensorboard", trainer))
             on_steps = [call for call in (lines, bar, board and board.on_step) if call is not None]
 
+            kept = start
+
             def keep() -> None:
+                nonlocal kept
+                kept = time.perf_counter()
                 if first:
                     lines.flush()
                 state = {**trainer.state_dict(), "seconds": before + time.perf_counter() - start}
@@ -231,7 +247,7 @@ class Run:
                     board.on_epoch(epoch, mean)
                 if first:
                     append_line(self.folder / "epochs.jsonl", numbers)
-                go_on(True)
+                go_on(time.perf_counter() - kept >= self.rest)
 
             if first:
                 whole = trainer.position.batch == 0  # else the epoch's line, if there is one, comes again
@@ -246,6 +262,10 @@ class Run:
     def evaluate(self) -> dict:
         """The metrics, as `scoring.score_run` has them."""
         return score_run(self, CORRUPTIONS)
+
+    def score_clean(self) -> dict:
+        """Scores on the clean test images, of the ensemble and of its members."""
+        return flat(score_members(self.predict(self.test_images), self.test_labels))
 
     def _validate(self) -> dict:
         return flat(score_members(self.predict(self.valid_images), self.valid_labels))

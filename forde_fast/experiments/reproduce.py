@@ -1,0 +1,201 @@
+"""A table of methods: tuned on a validation split, trained over seeds, scored clean and corrupted.
+
+Every training is a run in a folder of its own, taken up where it was stopped and skipped where it is finished, so
+that the same command goes on with a table that was interrupted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from forde_fast.config import TrainConfig
+from forde_fast.data import Images, load
+from forde_fast.data.corruptions import CORRUPTIONS, EXTRA, STANDARD
+from forde_fast.evaluation import mean_scores, score_corrupted
+from forde_fast.experiments.corrupted import Corrupted, harder
+from forde_fast.experiments.tables import Table
+from forde_fast.files import write
+from forde_fast.run import Run
+from forde_fast.validation import expect
+
+TUNING_SEED = 1000  # the first of the seeds that tune: none of those that are reported
+DECAY, ALPHA = 5e-4, 0.4  # the published weight decay; the published alpha on CIFAR-100
+
+
+class Setting(NamedTuple):
+    """What is tuned. `repulsion_weight` is in units of the method's published strength."""
+
+    weight_decay: float
+    repulsion_weight: float
+    alpha: float
+
+
+class Trial(Run):
+    """A run among hundreds: checkpoints of short ones would take as long as the training, and nobody looks at figures
+    of each."""
+
+    rest = 30.0
+
+    def _draw(self) -> None:
+        """The report has the figures."""
+
+
+class TunedRun(Trial):
+    """A run whose scores are those of its validation images, clean and under corruptions that no table tests."""
+
+    corrupted: Callable[[Run], Corrupted]
+
+    def evaluate(self) -> dict:
+        validation = self._validate()
+        return {"validation": validation, "validation_corrupted": score_corrupted(self.predict, self.corrupted(self))}
+
+
+class TableRun(Trial):
+    """A run that is scored on corrupted images made once for all runs of a table."""
+
+    test_sets: dict[str, Corrupted]
+
+    def evaluate(self) -> dict:
+        metrics = {"clean": self.score_clean()}
+        for group, images in self.test_sets.items():
+            found = score_corrupted(self.predict, images)
+            metrics[group] = found
+            if group == "corrupted":
+                by_name = found["by_corruption"]
+                metrics["corrupted_all"] = mean_scores(by_name, by_name)
+                found |= mean_scores(by_name, [name for name in by_name if name in STANDARD])
+        return metrics
+
+
+class Reproduction:
+    """Everything that a table needs, checked and read before any work.
+
+    say  is told of every finished run. Raises ValueError for a folder that holds another table.
+    """
+
+    def __init__(self, table: Table, folder: Path, data_dir: str | None = None, device: str = "auto",
+                 say: Callable[[str], None] = lambda text: None):  # fmt: skip
+        self.table, self.folder, self.data_dir, self.device, self.say = table, Path(folder), data_dir, device, say
+        self.data: Images = load(table.data, data_dir)
+        settings = json.loads(json.dumps(dataclasses.asdict(table)))
+        path = self.folder / "table.json"
+        if path.exists():
+            held = json.loads(path.read_text(encoding="utf-8"))
+            # more seeds or methods only add runs
+            odd = [name for name in settings if settings[name] != held.get(name) and name not in GROWS]
+            if odd:
+                expect(False, odd[0], f"{held.get(odd[0])} as the table in {folder} has it", settings[odd[0]])
+        elif self.folder.exists() and any(self.folder.iterdir()):
+            expect(False, "out", "a new folder, or one with a table", folder, FileExistsError)
+        self.settings = settings
+        self._validation: dict[int, Corrupted] = {}
+        self.done = self.skipped = 0
+
+    def rows(self) -> Iterator[tuple[str, str, Setting]]:
+        """(row, method, setting): every method tuned, and some at the published strength."""
+        for method in self.table.methods:
+            yield method, method, self.tune(method)
+        for method in self.table.published:
+            yield f"{method}-published", method, Setting(DECAY, 1.0, ALPHA)
+
+    def run(self) -> dict[str, dict]:
+        """{row: {"method", "setting", "metrics": [one per seed]}}; writes table.json and settings.json."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write(self.folder / "table.json", json.dumps(self.settings, indent=1).encode())
+        self.begun = time.monotonic()
+        found = {}
+        for row, method, setting in self.rows():
+            runs = [
+                self._finished(TableRun, self.config(method, setting, seed, f"runs/{row}/seed{seed}"))
+                for seed in range(self.table.seeds)
+            ]
+            found[row] = {"method": method, "setting": setting._asdict(), "metrics": runs}
+            write(self.folder / "rows.json", json.dumps(found).encode())
+        return found
+
+    def tune(self, method: str) -> Setting:
+        """The best of the candidates for weight decay, then w, then alpha, one after another: lowest mean of the
+        negative log-likelihoods of validation images, clean and corrupted."""
+        table = self.table
+        best = Setting(table.weight_decays[0], table.weights(method)[0], table.alphas[0])
+        searched = {"weight_decay": table.weight_decays, "repulsion_weight": table.weights(method)}
+        if method == "forde-tuned":
+            searched["alpha"] = table.alphas
+        for name, candidates in searched.items():
+            settings = [best._replace(**{name: value}) for value in candidates]
+            best = min(settings, key=lambda setting: self.loss(method, setting))
+        return best
+
+    def loss(self, method: str, setting: Setting) -> float:
+        """What tuning minimises."""
+        losses = []
+        for seed in range(TUNING_SEED, TUNING_SEED + self.table.tuning_seeds):
+            name = "-".join(f"{value:g}" for value in setting)
+            config = self.config(method, setting, seed, f"tuning/{method}/{name}/seed{seed}", self.table.validation)
+            metrics = self._finished(TunedRun, config)
+            if "diverged" in metrics:
+                return float("inf")
+            losses += [metrics[group]["nll"] for group in ("validation", "validation_corrupted")]
+        return sum(losses) / len(losses)
+
+    def config(self, method: str, setting: Setting, seed: int, out: str, validation: float = 0.0) -> TrainConfig:
+        table = self.table
+        same = ("data", "model", "width", "members", "epochs", "lr", "batch_size", "augment", "train_size",
+                "test_size", "strategy")  # fmt: skip
+        return TrainConfig(
+            **{name: getattr(table, name) for name in same}, **setting._asdict(), method=method, seed=seed,
+            validation=validation, data_dir=self.data_dir, device=self.device, out=str(self.folder / out),
+        )  # fmt: skip
+
+    def _finished(self, kind: type[Run], config: TrainConfig) -> dict:
+        """The metrics of a run, which is trained if it is not there."""
+        path = Path(config.out) / "metrics.json"
+        if path.exists():
+            self.skipped += 1
+            return json.loads(path.read_text(encoding="utf-8"))
+        run = kind(config, self.data)
+        if kind is TunedRun:
+            run.corrupted = self._validation_images
+        else:
+            run.test_sets = self._test_sets(run)
+        try:
+            metrics = run.train(resume=True)
+            group = metrics.get("clean") or metrics["validation"]
+            seen = f"accuracy {100 * group['accuracy']:.1f}, nll {group['nll']:.3f}"
+        except ValueError as error:  # numbers that are no longer finite
+            if kind is not TunedRun:
+                raise
+            metrics = {"diverged": str(error)}
+            write(path, json.dumps(metrics).encode())
+            seen = "diverged"
+        self.done += 1
+        minutes = (time.monotonic() - self.begun) / 60
+        self.say(f"{minutes:6.1f} min  {Path(config.out).relative_to(self.folder)}: {seen}")
+        return metrics
+
+    def _test_sets(self, run: Run) -> dict[str, Corrupted]:
+        folder, spread = self.folder / "corrupted", self.table.spread
+        given = run.test_images, run.test_labels
+        sets = {"corrupted": Corrupted(folder / "cifar", *given, CORRUPTIONS, spread=spread)}
+        if run.test_images.ndim == 3:
+            names = [name for name in harder("grey") if name not in EXTRA]  # the extra ones tune
+            sets["corrupted_grey"] = Corrupted(folder / "grey", *given, names, "grey", spread)
+        return sets
+
+    def _validation_images(self, run: Run) -> Corrupted:
+        """By the corruptions that are not among the standard ones, which the table reports."""
+        seed = run.config.seed
+        if seed not in self._validation:
+            preset = "grey" if run.valid_images.ndim == 3 else "cifar"
+            folder = self.folder / "corrupted" / f"validation{seed}"
+            given = run.valid_images, run.valid_labels
+            self._validation[seed] = Corrupted(folder, *given, EXTRA, preset, self.table.spread, seed=1)
+        return self._validation[seed]
+
+
+GROWS = ("seeds", "methods", "published")
