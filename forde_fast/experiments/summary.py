@@ -17,7 +17,7 @@ LEGEND = {
     "clean": "no prefix: clean test images",
     "corrupted": "c: mean over the 15 standard corruptions at CIFAR-10-C's severities",
     "corrupted_all": "a: over all 19 corruptions, of which the 4 extra ones also served the tuning, on other images",
-    "corrupted_grey": "g: mean over the standard corruptions that the preset for grey images has harder (noise, pixelate)",
+    "corrupted_grey": "g: mean over the standard corruptions that are harder in the preset for grey images",
 }
 PLUS_MINUS = " ± "
 
