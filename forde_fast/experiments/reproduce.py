@@ -157,9 +157,12 @@ class Reproduction:
         path = Path(config.out) / "metrics.json"
         if path.exists():
             self.skipped += 1
-            return json.loads(path.read_text(encoding="utf-8"))
-        run = kind(config, self.data)
-        if kind is TunedRun:
+        else:
+            self._train(kind(config, self.data), path)
+        return json.loads(path.read_text(encoding="utf-8"))  # the same whether it is new or was there
+
+    def _train(self, run: Run, path: Path) -> None:
+        if isinstance(run, TunedRun):
             run.corrupted = self._validation_images
         else:
             run.test_sets = self._test_sets(run)
@@ -168,15 +171,13 @@ class Reproduction:
             group = metrics.get("clean") or metrics["validation"]
             seen = f"accuracy {100 * group['accuracy']:.1f}, nll {group['nll']:.3f}"
         except ValueError as error:  # numbers that are no longer finite
-            if kind is not TunedRun:
+            if not isinstance(run, TunedRun):
                 raise
-            metrics = {"diverged": str(error)}
-            write(path, json.dumps(metrics).encode())
+            write(path, json.dumps({"diverged": str(error)}).encode())
             seen = "diverged"
         self.done += 1
         minutes = (time.monotonic() - self.begun) / 60
-        self.say(f"{minutes:6.1f} min  {Path(config.out).relative_to(self.folder)}: {seen}")
-        return metrics
+        self.say(f"{minutes:6.1f} min  {run.folder.relative_to(self.folder)}: {seen}")
 
     def _test_sets(self, run: Run) -> dict[str, Corrupted]:
         folder, spread = self.folder / "corrupted", self.table.spread
