@@ -17,7 +17,7 @@ LEGEND = {
     "clean": "no prefix: clean test images",
     "corrupted": "c: mean over the 15 standard corruptions at CIFAR-10-C's severities",
     "corrupted_all": "a: over all 19 corruptions, of which the 4 extra ones also served the tuning, on other images",
-    "corrupted_grey": "g: mean over the standard corruptions that are harder in the preset for grey images",
+    "corrupted_grey": "g: mean over the standard corruptions that the preset for grey images has harder (noise, pixelate)",
 }
 PLUS_MINUS = " ± "
 
@@ -93,6 +93,12 @@ def as_markdown(rows: dict, title: str) -> str:
     seeds = len(rows["de"]["metrics"])
     parts = [f"# {title}", _scores(rows, seeds), _settings(rows), _differences(rows, seeds), _claims(rows)]
     return "\n\n".join(parts) + "\n"
+
+
+def plain(rows: dict, title: str) -> str:
+    """The table and the settings of rows that cannot be compared seed by seed."""
+    counts = sorted({len(row["metrics"]) for row in rows.values()})
+    return "\n\n".join([f"# {title}", _scores(rows, counts[0]), _settings(rows)])
 
 
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

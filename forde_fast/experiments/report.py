@@ -1,0 +1,231 @@
+"""One page for many runs: tables in the paper's form and figures, as HTML in one file, Markdown, and PNGs."""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from forde_fast import config as configuration
+from forde_fast.doctor import read_log
+from forde_fast.evaluation.metrics import BINS
+from forde_fast.experiments import figures, summary
+from forde_fast.files import write
+from forde_fast.run import open_run
+from forde_fast.validation import expect
+
+POINTS = 60  # of a trace
+TRACES = {"bandwidth_median": "median squared distance", "gradient_cosine": "cosine between members' particles",
+          "cross_entropy": "cross-entropy, sum of members", "gradient_ratio": "‖∇ repulsion‖ / ‖∇ cross-entropy‖"}  # fmt: skip
+STYLE = """body{font:15px/1.5 sans-serif;max-width:70em;margin:2em auto;padding:0 1em}
+table{border-collapse:collapse;margin:1em 0;font-size:13px}td,th{padding:.25em .7em;border-bottom:1px solid #ddd;
+text-align:right;white-space:nowrap}td:first-child,th:first-child{text-align:left}img{max-width:100%}"""
+
+
+class Found(NamedTuple):
+    """A finished run: its row in the table, folder, settings and metrics."""
+
+    row: str
+    folder: Path
+    config: dict
+    metrics: dict
+
+
+def report(folders: Sequence[str | Path], out: str | Path, data_dir: str | None = None) -> Path:
+    """Write index.html, report.md and figures into `out`; returns the page.
+
+    folders  of runs, or that hold runs (as `reproduce` and `compare` leave them), unfinished ones among them are left
+             out. Raises FileNotFoundError for one without a run.
+    """
+    runs = [found for folder in folders for found in collect(Path(folder))]
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    rows = as_rows(runs)
+    parts = [summary.as_markdown(rows, "Report") if _comparable(rows) else summary.plain(rows, "Report")]
+    pictures = {
+        "Accuracy against severity": ("severity.png", lambda path: _severity(runs, path)),
+        "Reliability": ("reliability.png", lambda path: _reliability(runs, path, data_dir)),
+        "Training: bandwidth, diversity": ("training.png", lambda path: _traces(runs, path)),
+        "Diversity and throughput": ("cost.png", lambda path: _cost(runs, path)),
+    }
+    for title, (name, draw) in pictures.items():
+        note = draw(out / name)
+        parts.append(f"## {title}\n\n" + (note or f"![{title}]({name})"))
+    text = "\n\n".join(parts) + "\n"
+    write(out / "report.md", text.encode())
+    write(out / "index.html", as_html(text, out).encode())
+    return out / "index.html"
+
+
+def collect(folder: Path) -> list[Found]:
+    """The finished runs in a folder, itself or below it; tuning runs, which have no test scores, are left out."""
+    paths = sorted(folder.rglob("metrics.json"), key=lambda path: [_natural(part) for part in path.parts])
+    expect(len(paths) > 0, "run", "a folder with finished runs", folder, FileNotFoundError)
+    found = []
+    for path in paths:
+        metrics = json.loads(path.read_text(encoding="utf-8"))
+        if "clean" in metrics and (path.parent / "config.toml").is_file():
+            settings = configuration.read(path.parent / "config.toml")
+            seeded = path.parent.name.startswith("seed") and path.parent != folder
+            row = path.parent.parent.name if seeded else settings["method"]
+            found.append(Found(row, path.parent, settings, metrics))
+    expect(len(found) > 0, "run", "runs with scores on test images", folder, FileNotFoundError)
+    return found
+
+
+def as_rows(runs: Sequence[Found]) -> dict:
+    """What `summary` makes tables of; a row's runs in the order of their seeds."""
+    rows: dict[str, dict] = {}
+    for run in sorted(runs, key=lambda run: run.config.get("seed", 0)):
+        setting = {name: run.config.get(name, configuration.FIELDS[name].default)
+                   for name in ("weight_decay", "repulsion_weight", "alpha")}  # fmt: skip
+        row = rows.setdefault(
+            run.row, {"method": run.config["method"], "setting": setting, "metrics": [], "seeds": []}
+        )
+        row["metrics"].append(run.metrics)
+        row["seeds"].append(run.config.get("seed", 0))
+    order = {run.row: number for number, run in reversed(list(enumerate(runs)))}
+    return {row: rows[row] for row in sorted(rows, key=lambda row: (row != "de", order[row]))}
+
+
+def _comparable(rows: dict) -> bool:
+    """Whether there is a deep ensemble, and the same seeds in every row."""
+    return "de" in rows and len({tuple(row["seeds"]) for row in rows.values()}) == 1
+
+
+def _by_row(runs: Sequence[Found]) -> dict[str, list[Found]]:
+    rows: dict[str, list[Found]] = {}
+    for run in runs:
+        rows.setdefault(run.row, []).append(run)
+    return rows
+
+
+def _severity(runs: Sequence[Found], path: Path) -> str:
+    """Mean over corruptions and seeds, the clean images as severity 0."""
+    panels = {}
+    for group, title in (("corrupted", "CIFAR-10-C's severities"), ("corrupted_grey", "preset for grey images")):
+        lines = {}
+        for row, own in _by_row(runs).items():
+            if all("by_corruption" in run.metrics.get(group, {}) for run in own):
+                lines[row] = (range(6), [_at_severity(own, group, severity) for severity in range(6)])
+        if lines:
+            panels[f"accuracy, {title}"] = lines
+    if not panels:
+        return "No run was scored on corrupted images."
+    figures.curves(panels, path, "severity", range(6))
+    return ""
+
+
+def _at_severity(runs: Sequence[Found], group: str, severity: int) -> float:
+    if severity == 0:
+        return statistics.fmean(run.metrics["clean"]["accuracy"] for run in runs)
+    by_name = [own for run in runs for own in run.metrics[group]["by_corruption"].values()]
+    return statistics.fmean(own[str(severity)]["accuracy"] for own in by_name if str(severity) in own)
+
+
+def _reliability(runs: Sequence[Found], path: Path, data_dir: str | None) -> str:
+    """Of the clean test images, those of all seeds of a row together: the members are read and asked again."""
+    bins = {}
+    try:
+        for row, own in _by_row(runs).items():
+            bins[row] = reliability_bins(*_predicted(own, data_dir))
+    except OSError as error:
+        return f"The images or members are not there: {html.escape(str(error))}"
+    figures.reliability(bins, path)
+    return ""
+
+
+def _predicted(runs: Sequence[Found], data_dir: str | None) -> tuple[np.ndarray, np.ndarray]:
+    """Confidence and correctness of all test images, run after run."""
+    confidences, correct = [], []
+    for found in runs:
+        run = open_run(found.folder, data_dir)
+        confidence, predicted = run.predict(run.test_images).mean(0).max(1)
+        confidences.append(confidence.numpy())
+        correct.append((predicted == run.test_labels).numpy())
+    return np.concatenate(confidences), np.concatenate(correct)
+
+
+def reliability_bins(confidence: np.ndarray, correct: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Mean confidence, accuracy and share of the samples in bins (lo, hi] of equal width, NaN where there are none."""
+    place = np.clip(np.ceil(confidence * BINS).astype(int) - 1, 0, BINS - 1)
+    count = np.bincount(place, minlength=BINS)
+    with np.errstate(invalid="ignore"):
+        means = [np.bincount(place, weights, BINS) / count for weights in (confidence, correct.astype(float))]
+    return means[0], means[1], count / len(confidence)
+
+
+def _traces(runs: Sequence[Found], path: Path) -> str:
+    """Mean over seeds, at POINTS places of the training."""
+    panels: dict[str, dict] = {}
+    for row, own in _by_row(runs).items():
+        logs = [read_log(run.folder) for run in own]
+        steps = np.unique(np.linspace(0, min(map(len, logs)) - 1, POINTS).astype(int))
+        for key, title in TRACES.items():
+            if key in logs[0][0]:
+                values = [statistics.fmean(log[step][key] for log in logs) for step in steps]
+                panels.setdefault(title, {})[row] = (steps + 1, values)
+    figures.curves(panels, path, "step")
+    return ""
+
+
+def _cost(runs: Sequence[Found], path: Path) -> str:
+    """Diversity at the end of training, where it was logged, and the speed of training; 95 % intervals over seeds."""
+    panels: dict[str, dict] = {}
+    for row, own in _by_row(runs).items():
+        last = [read_log(run.folder)[-1] for run in own]
+        if "gradient_cosine" in last[0]:
+            values = [1 - log["gradient_cosine"] for log in last]
+            panels.setdefault("1 − cosine between members' particles", {})[row] = summary.interval(values)
+        spread = [statistics.pstdev(member["accuracy"] for member in run.metrics["clean"]["members"]) for run in own]
+        panels.setdefault("spread of the members' accuracies", {})[row] = summary.interval(spread)
+        speeds = [run.metrics["members_x_images_per_second"] for run in own]
+        panels.setdefault("members × images per second", {})[row] = summary.interval(speeds)
+    figures.bars(panels, path)
+    return ""
+
+
+def as_html(markdown: str, folder: Path) -> str:
+    """The few forms of Markdown that a report has, with its pictures inside the page."""
+    body, table = [], []
+    for line in [*markdown.splitlines(), ""]:
+        if line.startswith("|"):
+            table.append(line)
+            continue
+        if table:
+            body.append(_html_table(table))
+            table = []
+        if line.startswith("#"):
+            level = len(line) - len(line.lstrip("#"))
+            body.append(f"<h{level}>{html.escape(line[level:].strip())}</h{level}>")
+        elif line.startswith("!["):
+            title, name = line[2:-1].split("](")
+            content = base64.b64encode((folder / name).read_bytes()).decode()
+            body.append(f'<img alt="{html.escape(title)}" src="data:image/png;base64,{content}">')
+        elif line:
+            body.append(f"<p>{html.escape(line)}</p>")
+    head = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Report</title><style>{STYLE}</style>'
+    return f"{head}<body>{''.join(body)}</body></html>"
+
+
+def _html_table(lines: Sequence[str]) -> str:
+    rows = [[html.escape(cell.strip()) for cell in line.strip("|").split("|")] for line in lines]
+    cells = ["".join(f"<th>{cell}</th>" for cell in rows[0])]
+    cells += ["".join(f"<td>{_bold(cell)}</td>" for cell in row) for row in rows[2:]]
+    return "<table>" + "".join(f"<tr>{row}</tr>" for row in cells) + "</table>"
+
+
+def _bold(cell: str) -> str:
+    return f"<b>{cell[2:-2]}</b>" if cell.startswith("**") else cell
+
+
+def _natural(part: str) -> tuple:
+    """seed10 after seed9."""
+    name = part.rstrip("0123456789")
+    return name, int(part[len(name) :] or -1)
