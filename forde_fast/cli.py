@@ -249,6 +249,8 @@ COMMANDS = {
     "train": _train,
     "compare": _compare,
     "reproduce": commands.reproduce,
+    "report": commands.report,
+    "experiment": commands.experiment,
     "evaluate": _evaluate,
     "corrupt": _corrupt,
     "doctor": _doctor,

@@ -60,3 +60,59 @@ def reproduce(command):
         return 0
 
     return call
+
+
+def report(command):
+    """One page for finished runs: tables, figures; HTML in one file, Markdown and PNGs."""
+    command.add_argument("runs", nargs="+", help="folders of runs, or that hold runs")
+    command.add_argument("--out", help="default: report in the first of them")
+    command.add_argument("--data-dir", help="the data set's folder, if it is another than in training")
+
+    def call(options) -> int:
+        from forde_fast import cli
+        from forde_fast.experiments.report import report
+
+        out = Path(options.out or Path(options.runs[0]) / "report")
+        print(cli._before_work(options, lambda: report(options.runs, out, options.data_dir)))
+        return 0
+
+    return call
+
+
+def experiment(command):
+    """One experiment of the paper, as a page with tables and figures."""
+    from forde_fast.experiments.registry import EXPERIMENTS
+
+    command.add_argument("name", help=f"one of {', '.join(EXPERIMENTS)}")
+    command.add_argument("--setting", default="small", help="small, paper or paper-cifar10; default: %(default)s")
+    command.add_argument("--data")
+    command.add_argument("--data-dir")
+    command.add_argument("--model")
+    command.add_argument("--width", type=int)
+    command.add_argument("--members", type=int)
+    command.add_argument("--seeds", type=int)
+    command.add_argument("--epochs", type=int)
+    command.add_argument("--repulsion-weight", type=float)
+    command.add_argument("--device", default="auto")
+    command.add_argument("--out", help="default: runs/experiments/NAME")
+
+    def call(options) -> int:
+        from forde_fast import cli
+        from forde_fast.experiments.lab import SETTINGS, Lab
+        from forde_fast.experiments.registry import run
+        from forde_fast.run import _device
+        from forde_fast.validation import one_of
+
+        def prepare():
+            one_of(options.name, "name", EXPERIMENTS)
+            setting = SETTINGS[one_of(options.setting, "setting", SETTINGS)]
+            names = ("data", "model", "width", "members", "seeds", "epochs", "repulsion_weight")
+            given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+            out = Path(options.out or f"runs/experiments/{options.name}")
+            say = functools.partial(print, file=sys.stderr, flush=True)
+            return Lab(replace(setting, **given), out, options.data_dir, _device(options.device), say)
+
+        print(run(options.name, cli._before_work(options, prepare)))
+        return 0
+
+    return call

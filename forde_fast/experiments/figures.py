@@ -20,9 +20,8 @@ def curves(panels: Mapping[str, Mapping[str, tuple]], path: str | Path, xlabel: 
             style = {"color": f"C{number % 10}", "linestyle": STYLES[number // 10 % len(STYLES)], "linewidth": 1.3}
             marker = "o" if len(x) < 15 else None
             bars = error[0] if error and np.isfinite(error[0]).all() else None
-            handles[label] = axes.errorbar(
-                x, y, bars, marker=marker, markersize=3, capsize=2, elinewidth=0.8, **style
-            )
+            style |= {"marker": marker, "markersize": 3, "capsize": 2, "elinewidth": 0.8}
+            handles[label] = axes.errorbar(x, y, bars, **style)
         axes.set_title(title, fontsize=10)
         axes.set_xlabel(xlabel, fontsize=9)
         if xticks is not None:
@@ -37,18 +36,22 @@ def bars(panels: Mapping[str, Mapping[str, tuple]], path: str | Path):
     for axes, (title, own) in zip(grid, panels.items(), strict=False):
         labels, place = list(own), np.arange(len(own))
         values, errors = (np.array([pair[i] for pair in own.values()], dtype=float) for i in (0, 1))
-        axes.barh(place, values, 0.7, xerr=np.nan_to_num(errors), color="#9db8d2", error_kw={"elinewidth": 0.9})
+        axes.barh(place, values, 0.7, xerr=_finite(errors), color="#9db8d2", error_kw={"elinewidth": 0.9})
         axes.set_yticks(place, labels)
         axes.set_ylim(len(labels) - 0.4, -0.6)
-        low, high = (values - np.nan_to_num(errors)).min(), (values + np.nan_to_num(errors)).max()
+        low, high = (values - _finite(errors)).min(), (values + _finite(errors)).max()
         if low > 0 and high < 2 * low:  # alike: from 0 on nothing could be told apart
             axes.set_xlim(low - 0.5 * (high - low or 0.1 * low), high + 0.2 * (high - low or 0.1 * low))
         axes.set_title(title, fontsize=10)
     _finish(figure, {}, path)
 
 
+def _finite(errors: np.ndarray) -> np.ndarray:
+    return np.where(np.isfinite(errors), errors, 0.0)
+
+
 def reliability(bins: Mapping[str, tuple], path: str | Path):
-    """{label: (confidence [bins], accuracy [bins], share of the samples [bins])}, a panel each; empty bins are NaN."""
+    """{label: (confidence [bins], accuracy [bins], share of samples [bins])}, a panel each; empty bins are NaN."""
     figure, grid = _figure(len(bins), 2.9, 3.0, 0)
     for axes, (label, (confidence, accuracy, share)) in zip(grid, bins.items(), strict=False):
         axes.plot([0, 1], [0, 1], color="grey", linewidth=0.8)

@@ -21,8 +21,12 @@ from forde_fast.run import open_run
 from forde_fast.validation import expect
 
 POINTS = 60  # of a trace
-TRACES = {"bandwidth_median": "median squared distance", "gradient_cosine": "cosine between members' particles",
-          "cross_entropy": "cross-entropy, sum of members", "gradient_ratio": "‖∇ repulsion‖ / ‖∇ cross-entropy‖"}  # fmt: skip
+TRACES = {
+    "bandwidth_median": "median squared distance",
+    "gradient_cosine": "cosine between members' particles",
+    "cross_entropy": "cross-entropy, sum of members",
+    "gradient_ratio": "‖∇ repulsion‖ / ‖∇ cross-entropy‖",
+}
 STYLE = """body{font:15px/1.5 sans-serif;max-width:70em;margin:2em auto;padding:0 1em}
 table{border-collapse:collapse;margin:1em 0;font-size:13px}td,th{padding:.25em .7em;border-bottom:1px solid #ddd;
 text-align:right;white-space:nowrap}td:first-child,th:first-child{text-align:left}img{max-width:100%}"""
@@ -85,9 +89,8 @@ def as_rows(runs: Sequence[Found]) -> dict:
     for run in sorted(runs, key=lambda run: run.config.get("seed", 0)):
         setting = {name: run.config.get(name, configuration.FIELDS[name].default)
                    for name in ("weight_decay", "repulsion_weight", "alpha")}  # fmt: skip
-        row = rows.setdefault(
-            run.row, {"method": run.config["method"], "setting": setting, "metrics": [], "seeds": []}
-        )
+        empty = {"method": run.config["method"], "setting": setting, "metrics": [], "seeds": []}
+        row = rows.setdefault(run.row, empty)
         row["metrics"].append(run.metrics)
         row["seeds"].append(run.config.get("seed", 0))
     order = {run.row: number for number, run in reversed(list(enumerate(runs)))}
@@ -153,7 +156,7 @@ def _predicted(runs: Sequence[Found], data_dir: str | None) -> tuple[np.ndarray,
 
 
 def reliability_bins(confidence: np.ndarray, correct: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Mean confidence, accuracy and share of the samples in bins (lo, hi] of equal width, NaN where there are none."""
+    """Mean confidence, accuracy and share of the samples in bins (lo, hi] of equal width, NaN where empty."""
     place = np.clip(np.ceil(confidence * BINS).astype(int) - 1, 0, BINS - 1)
     count = np.bincount(place, minlength=BINS)
     with np.errstate(invalid="ignore"):

@@ -7,8 +7,7 @@ import statistics
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from scipy import stats
-
+from forde_fast import evaluation
 from forde_fast.validation import expect
 
 METRICS = {"nll": ("NLL", 1.0, 3), "accuracy": ("A", 100.0, 1), "ece": ("ECE", 1.0, 3)}  # title, factor, digits
@@ -17,7 +16,7 @@ LEGEND = {
     "clean": "no prefix: clean test images",
     "corrupted": "c: mean over the 15 standard corruptions at CIFAR-10-C's severities",
     "corrupted_all": "a: over all 19 corruptions, of which the 4 extra ones also served the tuning, on other images",
-    "corrupted_grey": "g: mean over the standard corruptions that the preset for grey images has harder (noise, pixelate)",
+    "corrupted_grey": "g: mean over the standard corruptions that are harder in the preset for grey images",
 }
 PLUS_MINUS = " ± "
 
@@ -51,7 +50,7 @@ CLAIMS = (
 
 
 class Interval(NamedTuple):
-    """A mean and half the width of its 95 % interval (Student's t); nan for a single value."""
+    """A mean and half the width of its 95 % interval (Student's t), infinite for a single value."""
 
     mean: float
     half: float
@@ -66,10 +65,8 @@ class Interval(NamedTuple):
 
 def interval(values: Sequence[float]) -> Interval:
     """Of the values' mean."""
-    mean, count = statistics.fmean(values), len(values)
-    if count < 2:
-        return Interval(mean, math.nan)
-    return Interval(mean, float(stats.t.ppf(0.975, count - 1)) * statistics.stdev(values) / math.sqrt(count))
+    found = evaluation.interval(values)
+    return Interval(found["mean"], (found["high"] - found["low"]) / 2)
 
 
 def scores(rows: dict, row: str, group: str, metric: str) -> list[float]:
@@ -166,7 +163,7 @@ def _shown(found: Interval, metric: str) -> str:
 
 
 def verdict(found: Interval, sign: int) -> str:
-    if math.isnan(found.half):
+    if math.isinf(found.half):
         return "one seed says nothing"
     if sign == 0:
         return "no difference here either" if found.sign == 0 else "a difference here"

@@ -1,0 +1,157 @@
+"""Lengthscale and weight, ensemble size, basis, bandwidth, cost: what training is given, against what comes out."""
+
+from __future__ import annotations
+
+import resource
+import statistics
+
+import numpy as np
+import torch
+
+from forde_fast.evaluation import score, score_corrupted
+from forde_fast.evaluation.corrupted import mean_scores
+from forde_fast.experiments import figures
+from forde_fast.experiments.lab import Lab, Trained, shown
+from forde_fast.experiments.summary import markdown_table
+from forde_fast.lengthscales import PCA, Cosine, Identity
+from forde_fast.methods import Method
+from forde_fast.spaces import InputGradients
+
+ALPHAS = (0.0, 0.1, 0.2, 0.4, 0.8, 1.0)  # the paper's
+COLUMNS = ("accuracy", "NLL", "cA", "cNLL", "cA, severities 1-3", "cA, severities 4-5")
+COMPARED = ("de", "weight-rde", "function-rde", "feature-rde", "lit", "gal", "forde-identity", "forde-pca")
+
+
+def scores(lab: Lab, trained: Trained) -> dict[str, float]:
+    """COLUMNS, accuracies in %."""
+    clean = score(lab.predict(trained.ensemble, lab.data.test_images).mean(0), lab.data.test_labels)
+    found = score_corrupted(lambda images: lab.predict(trained.ensemble, images), lab.corrupted())
+    by_name = found["by_corruption"]
+    mild, hard = (mean_scores(by_name, by_name, part)["accuracy"] for part in ((1, 2, 3), (4, 5)))
+    numbers = (100 * clean["accuracy"], clean["nll"], 100 * found["accuracy"], found["nll"], 100 * mild, 100 * hard)
+    return dict(zip(COLUMNS, numbers, strict=True))
+
+
+def _table(first: str, rows: dict[str, list[dict[str, float]]]) -> str:
+    """rows: name -> one dict per seed."""
+    lines = [
+        [name, *(shown([own[column] for own in runs], 3 if "NLL" in column else 1) for column in COLUMNS)]
+        for name, runs in rows.items()
+    ]
+    return markdown_table([first, *COLUMNS], lines)
+
+
+def lengthscale(lab: Lab) -> str:
+    """FoRDE-Tuned over alpha in both forms of the blend, and over repulsion_weight at alpha 0, 0.4 and 1."""
+    scale, rows, lines = PCA.fit(lab.x), {}, {}
+    for form in ("arithmetic", "harmonic"):
+        for alpha in ALPHAS:
+            title = f"alpha {alpha:g}, {form}"
+            own = Method(InputGradients(), lengthscale=scale.blend(alpha, form))
+            rows[title] = [scores(lab, lab.train(own, seed, title=title)) for seed in lab.seeds]
+            for column in COLUMNS:
+                line = lines.setdefault(column, {}).setdefault(form, ([], []))
+                line[0].append(alpha)
+                line[1].append(statistics.fmean(run[column] for run in rows[title]))
+    figures.curves(lines, lab.out / "alpha.png", "alpha")
+    weights, strengths = {}, tuple(lab.setting.repulsion_weight * f for f in (0.05, 0.25, 1.0, 4.0))
+    for alpha in (0.0, 0.4, 1.0):
+        own = Method(InputGradients(), lengthscale=scale.blend(alpha))
+        for weight in strengths:
+            title = f"alpha {alpha:g}, w {weight:g}"
+            weights[title] = [scores(lab, lab.train(own, seed, weight, title=title)) for seed in lab.seeds]
+    return (f"{_table('lengthscale', rows)}\n\n![alpha](alpha.png)\n\n{_table('strength', weights)}")  # fmt: skip
+
+
+def size(lab: Lab) -> str:
+    """Ensembles of 2 to 20 members, with and without repulsion."""
+    rows, lines = {}, {}
+    for members in (2, 5, 10, 20):
+        for name in ("de", "forde-pca"):
+            title = f"{name}, {members} members"
+            rows[title] = [
+                scores(lab, lab.train(name, seed, members=members, title=title)) for seed in lab.seeds
+            ]  # fmt: skip
+            for column in COLUMNS[:4]:
+                line = lines.setdefault(column, {}).setdefault(name, ([], []))
+                line[0].append(members)
+                line[1].append(statistics.fmean(run[column] for run in rows[title]))
+    figures.curves(lines, lab.out / "size.png", "members")
+    return f"{_table('ensemble', rows)}\n\n![size](size.png)"
+
+
+def basis(lab: Lab) -> str:
+    """The eigenvectors of the images against the discrete cosines, each with the images' variance along them; and
+    either basis with the other's weights in order, which separates the directions from the weights."""
+    pca, cosine = PCA.fit(lab.x), Cosine.fit(lab.x)
+    spectrum = pca.eigenvalues
+    eye = torch.eye(lab.x[0].numel(), dtype=torch.float64)
+    matrix = cosine.product(eye)  # C of the cosines: their variances in order are its eigenvalues
+    variances, directions = torch.linalg.eigh((matrix + matrix.T) / 2)
+    variances, directions = variances.flip(0).clamp_min(0), directions.flip(1)
+    scales = {
+        "identity": Identity(),
+        "PCA": pca,
+        "cosines": cosine,
+        "PCA's directions, cosines' variances": PCA(pca.eigenvectors, variances),
+        "cosines, PCA's variances": PCA(directions, spectrum),
+    }
+    rows = {"deep ensemble": [scores(lab, lab.train("de", seed)) for seed in lab.seeds]}
+    for title, scale in scales.items():
+        own = Method(InputGradients(), lengthscale=scale)
+        rows[title] = [scores(lab, lab.train(own, seed, title=title)) for seed in lab.seeds]
+    share = {name: np.cumsum(v.numpy()) / float(v.sum()) for name, v in (("PCA", spectrum), ("cosines", variances))}
+    panel = {"share of the variance": {name: (np.arange(1, len(v) + 1), v) for name, v in share.items()}}
+    figures.curves(panel, lab.out / "spectrum.png", "directions")
+    return f"{_table('lengthscale', rows)}\n\n![spectrum](spectrum.png)"
+
+
+def bandwidth(lab: Lab) -> str:
+    """Median distance, mean kernel and cosine through training, over seeds."""
+    titles = {"bandwidth_median": "median squared distance", "kernel_mean": "mean kernel between members",
+              "gradient_cosine": "cosine between members' input gradients"}  # fmt: skip
+    panels: dict[str, dict] = {title: {} for title in titles.values()}
+    rows = []
+    for name in ("forde-identity", "forde-tuned", "forde-pca"):
+        logs = [lab.train(name, seed).log for seed in lab.seeds]
+        for key, title in titles.items():
+            values = np.stack([log[key] for log in logs])
+            unit = values[:, :1] if key == "bandwidth_median" else 1.0  # distances under PCA have another scale
+            mean = (values / unit).mean(0)
+            panels[title][name] = (np.arange(1, len(mean) + 1), mean)
+        rows.append([name, *(shown([log[key][-len(log[key]) // 10 :].mean() for log in logs]) for key in titles)])
+    panels["median squared distance, over its first"] = panels.pop("median squared distance")
+    figures.curves(panels, lab.out / "bandwidth.png", "step")
+    table = markdown_table(["method", *titles.values()], rows)
+    return f"Mean of the last tenth of the steps:\n\n{table}\n\n![traces](bandwidth.png)"
+
+
+def cost(lab: Lab) -> str:
+    """Seconds of training and peak memory of each method beside its scores."""
+    rows, found = [], {}
+    for name in COMPARED:
+        runs = []
+        for seed in lab.seeds:
+            if lab.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(lab.device)
+            trained = lab.train(name, seed)
+            runs.append(scores(lab, trained) | {"seconds": trained.seconds, "memory": _memory(lab)})
+        found[name] = runs
+    least = statistics.fmean(run["seconds"] for run in found["de"])
+    for name, runs in found.items():
+        seconds = [run["seconds"] for run in runs]
+        memory = max(run["memory"] for run in runs)
+        cells = [shown(seconds, 2), f"{statistics.fmean(seconds) / least:.2f}", f"{memory:.0f}"]
+        rows.append([name, *cells, *(shown([r[c] for r in runs], 3 if "NLL" in c else 1) for c in COLUMNS[:4])])
+    panels = {"seconds of training, over the deep ensemble's": {name: (float(row[2]), np.nan) for name, row in
+              zip(found, rows, strict=True)}}  # fmt: skip
+    figures.bars(panels, lab.out / "cost.png")
+    head = ["method", "seconds", "over DE", "peak MiB so far", *COLUMNS[:4]]
+    return f"{markdown_table(head, rows)}\n\n![cost](cost.png)"
+
+
+def _memory(lab: Lab) -> float:
+    """MiB: the device's peak of this training, or the whole process's peak up to now."""
+    if lab.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(lab.device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
