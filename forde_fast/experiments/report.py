@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import html
 import json
 import statistics
@@ -13,11 +14,14 @@ from typing import NamedTuple
 import numpy as np
 
 from forde_fast import config as configuration
+from forde_fast.checkpoint import load_ensemble
+from forde_fast.config import TrainConfig
+from forde_fast.data import Images, load
 from forde_fast.doctor import read_log
 from forde_fast.evaluation.metrics import BINS
 from forde_fast.experiments import figures, summary
 from forde_fast.files import write
-from forde_fast.run import open_run
+from forde_fast.run import Run
 from forde_fast.validation import expect
 
 POINTS = 60  # of a trace
@@ -103,9 +107,10 @@ def _comparable(rows: dict) -> bool:
 
 
 def _by_row(runs: Sequence[Found]) -> dict[str, list[Found]]:
-    rows: dict[str, list[Found]] = {}
+    """In the order of the table."""
+    rows: dict[str, list[Found]] = {row: [] for row in as_rows(runs)}
     for run in runs:
-        rows.setdefault(run.row, []).append(run)
+        rows[run.row].append(run)
     return rows
 
 
@@ -148,11 +153,19 @@ def _predicted(runs: Sequence[Found], data_dir: str | None) -> tuple[np.ndarray,
     """Confidence and correctness of all test images, run after run."""
     confidences, correct = [], []
     for found in runs:
-        run = open_run(found.folder, data_dir)
+        moved = {"data_dir": data_dir} if data_dir else {}
+        settings = TrainConfig(**{**found.config, **moved, "out": str(found.folder)})
+        run = Run(settings, _data(settings.data, settings.data_dir))
+        load_ensemble(found.folder / "checkpoint.safetensors", run.ensemble)
         confidence, predicted = run.predict(run.test_images).mean(0).max(1)
         confidences.append(confidence.numpy())
         correct.append((predicted == run.test_labels).numpy())
     return np.concatenate(confidences), np.concatenate(correct)
+
+
+@functools.lru_cache(maxsize=1)
+def _data(name: str, folder: str | None) -> Images:
+    return load(name, folder)
 
 
 def reliability_bins(confidence: np.ndarray, correct: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -68,7 +68,7 @@ RESNET = {"members": 10, "seeds": 5, "epochs": 300, "augment": True, "strategy":
 TABLES = {
     "small": Table("fashion-mini", "mlp", epochs=10, spread=True, weight_decays=(5e-4, 5e-3), alphas=(0.4, 0.8)),
     "digits-mlp": replace(DIGITS, methods=ALL),
-    "digits-cnn": replace(DIGITS, model="cnn", width=8, epochs=8, weight_decays=(5e-4, 5e-3),
+    "digits-cnn": replace(DIGITS, model="cnn", width=4, epochs=8, weight_decays=(5e-4, 5e-3),
                           published=("de", "forde-pca")),
     "fashion-mlp": Table("fashion-mnist", "mlp", seeds=5, train_size=6000, epochs=4, spread=True,
                          weight_decays=(5e-4, 5e-3), published=("de", "forde-pca")),

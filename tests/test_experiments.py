@@ -1,0 +1,160 @@
+"""The experiments and the report: what they compute, and that each leaves its page and figures."""
+
+import re
+from collections import OrderedDict
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from forde_fast import cli
+from forde_fast.ensemble import Ensemble
+from forde_fast.evaluation import score
+from forde_fast.experiments import pictures, registry
+from forde_fast.experiments.lab import SETTINGS, Lab, Setting
+from forde_fast.experiments.registry import EXPERIMENTS
+from forde_fast.experiments.report import as_html, reliability_bins
+
+TINY = Setting("digits", "mlp", width=8, members=2, seeds=2, epochs=1)
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    monkeypatch.setattr(pictures, "TOY_MEMBERS", 2)
+    monkeypatch.setattr(pictures, "TOY_STEPS", 2)
+    monkeypatch.setattr(Lab.corrupted, "__defaults__", (("contrast", "gaussian_noise"), None))
+    monkeypatch.setattr("forde_fast.run.CORRUPTIONS", ("contrast",))
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def is_picture(path):
+    return path.read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("experiments")  # the corrupted images are made once
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_leaves_its_page(name, folder):
+    setting = replace(TINY, seeds=1) if name in ("lengthscale", "size", "basis") else TINY
+    said = []
+    text = registry.run(name, Lab(setting, folder / name, say=said.append))
+    assert text == (folder / name / f"{name}.md").read_text()
+    assert "nan" not in text
+    assert "members 2" in text
+    assert said
+    drawn = re.findall(r"!\[[^]]*\]\(([^)]*)\)", text)
+    assert drawn
+    assert all(is_picture(folder / name / picture) for picture in drawn)
+
+
+def test_the_command(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(SETTINGS, "small", TINY)
+    assert cli.main(["experiment", "bandwidth", "--seeds", "1", "--out", str(tmp_path / "b"), "--device", "cpu"]) == 0
+    assert capsys.readouterr().out.startswith("# bandwidth")
+    for arguments, message in ((["sweep"], "name: expected one of lengthscale"),
+                               (["size", "--setting", "large"], "setting: expected one of small")):  # fmt: skip
+        with pytest.raises(SystemExit) as stop:
+            cli.main(["experiment", *arguments])
+        assert stop.value.code == 2
+        assert message in capsys.readouterr().err
+
+
+def test_methods_of_a_lab_start_from_the_same_members(tmp_path):
+    own, rows = Lab(TINY, tmp_path), []
+    for method in ("de", "forde-pca", "weight-rde"):
+        trained = own.train(method, seed=3, weight=0.0)
+        rows.append(trained.ensemble.flat)
+        assert len(trained.log["cross_entropy"]) == len(own.x) // 128
+    assert torch.equal(rows[0], rows[1])
+    assert torch.equal(rows[0], rows[2])
+
+
+# ---------------------------------------------------------------- class-activation maps
+
+
+class Flat(nn.Module):
+    """One convolution without padding, whose map is known."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(1, 3, 1, bias=False), nn.Linear(3, 4)
+
+    def forward(self, x):
+        return self.head(self.conv(x).mean((2, 3)))
+
+
+def test_maps_are_the_weighted_activations():
+    """With a mean over the image before the head, d logit / d A_k is head[y, k] / (H W) everywhere."""
+    ensemble, x, y = Ensemble(Flat, 2), torch.randn(5, 1, 3, 2), torch.randint(4, (5,))
+    found = pictures.maps_of(ensemble, "conv", x, y)
+    for i, member in enumerate(ensemble.members):
+        weights = member.head.weight[y] / 6  # [5, 3]
+        wanted = (weights[:, :, None, None] * member.conv(x)).sum(1).relu()
+        assert torch.allclose(found[i], wanted, rtol=1e-5, atol=1e-7)
+
+
+def test_distance_of_maps_by_loops():
+    maps = torch.rand(3, 4, 2, 5, dtype=torch.float64)
+    pairs = [F.cosine_similarity(maps[i].flatten(1), maps[j].flatten(1)) for i, j in ((0, 1), (0, 2), (1, 2))]
+    assert pictures.distance(maps) == pytest.approx(1 - float(torch.stack(pairs).mean()))
+    assert pictures.distance(maps[:1].expand(3, -1, -1, -1)) == pytest.approx(0, abs=1e-12)
+
+
+def test_depths():
+    layers = OrderedDict(conv=nn.Conv2d(1, 2, 1), relu0=nn.ReLU(), conv1=nn.Conv2d(2, 2, 1), relu1=nn.ReLU())
+    assert pictures.depths_of(nn.Sequential(layers)) == ["relu0", "relu1"]
+    from forde_fast.models import resnet18
+
+    assert pictures.depths_of(resnet18(width=2)) == ["blocks.1", "blocks.3", "blocks.5", "blocks.7"]
+
+
+# ---------------------------------------------------------------- report
+
+
+def test_reliability_bins_give_the_calibration_error():
+    probs = torch.softmax(2 * torch.randn(400, 5, dtype=torch.float64), 1)
+    labels = torch.randint(5, (400,))
+    confidence, predicted = probs.max(1)
+    means, accuracy, share = reliability_bins(confidence.numpy(), (predicted == labels).numpy())
+    assert share.sum() == pytest.approx(1)
+    ece = np.nansum(share * np.abs(accuracy - means))
+    assert ece == pytest.approx(score(probs, labels)["ece"], abs=1e-12)
+
+
+def test_report_of_runs(tmp_path, capsys):
+    common = ["--data", "digits", "--width", "8", "--members", "2", "--epochs", "1", "--train-size", "256",
+              "--test-size", "60"]  # fmt: skip
+    cli.main(["compare", *common, "--methods", "forde-pca,de", "--out", str(tmp_path / "both")])
+    capsys.readouterr()
+    out = tmp_path / "report"
+    assert cli.main(["report", str(tmp_path / "both"), "--out", str(out)]) == 0
+    assert capsys.readouterr().out.strip() == str(out / "index.html")
+    page, text = (out / "index.html").read_text(), (out / "report.md").read_text()
+    assert text.index("| de |") < text.index("| forde-pca |")
+    assert "one seed says nothing" in text
+    for name in ("severity.png", "reliability.png", "training.png", "cost.png"):
+        assert is_picture(out / name)
+        assert f"]({name})" in text
+    assert page.count("data:image/png;base64,") == 4
+    assert "src=" not in page.replace('src="data:', "")  # one file, nothing fetched
+    assert page.count("<table>") == page.count("</table>") >= 4
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["report", str(tmp_path / "nothing")])
+    assert stop.value.code == 2
+    assert "run: expected a folder with finished runs" in capsys.readouterr().err
+
+
+def test_pages_escape_what_they_show(tmp_path):
+    page = as_html("# a < b\n\n| x & y | z |\n|---|---|\n| **1** | <script> |\n", tmp_path)
+    assert "<h1>a &lt; b</h1>" in page
+    assert "<th>x &amp; y</th>" in page
+    assert "<td><b>1</b></td><td>&lt;script&gt;</td>" in page
