@@ -13,15 +13,19 @@ STYLES = ("-", "--", ":", "-.")  # after ten colours the same ones come again, b
 
 def curves(panels: Mapping[str, Mapping[str, tuple]], path: str | Path, xlabel: str, xticks: Sequence | None = None):
     """Lines: {title: {label: (x, y) or (x, y, half height of its error bars)}}, one legend for all panels."""
-    figure, grid = _figure(len(panels), 3.8, 3.0, max(map(len, panels.values())))
-    handles = {}
+    figure, grid = _figure(len(panels), 3.8, 3.0, len({label for lines in panels.values() for label in lines}))
+    handles, order = {}, list(dict.fromkeys(label for lines in panels.values() for label in lines))
     for axes, (title, lines) in zip(grid, panels.items(), strict=False):
-        for number, (label, (x, y, *error)) in enumerate(lines.items()):
+        for label, (x, y, *error) in lines.items():
+            number = order.index(label)  # the same colour in every panel
             style = {"color": f"C{number % 10}", "linestyle": STYLES[number // 10 % len(STYLES)], "linewidth": 1.3}
             marker = "o" if len(x) < 15 else None
             bars = error[0] if error and np.isfinite(error[0]).all() else None
             style |= {"marker": marker, "markersize": 3, "capsize": 2, "elinewidth": 0.8}
             handles[label] = axes.errorbar(x, y, bars, **style)
+        values = np.concatenate([np.asarray(line[1], dtype=float) for line in lines.values()])
+        if values.min() > 0 and values.max() > 100 * values.min():
+            axes.set_yscale("log")
         axes.set_title(title, fontsize=10)
         axes.set_xlabel(xlabel, fontsize=9)
         if xticks is not None:
@@ -30,7 +34,7 @@ def curves(panels: Mapping[str, Mapping[str, tuple]], path: str | Path, xlabel: 
 
 
 def bars(panels: Mapping[str, Mapping[str, tuple]], path: str | Path):
-    """Horizontal bars: {title: {label: (value, half width of its error bar or nan)}}."""
+    """Horizontal bars: {title: {label: (value, half width of its error bar, none if not finite)}}."""
     most = max(map(len, panels.values()))
     figure, grid = _figure(len(panels), 4.2, 0.9 + 0.28 * most, 0)
     for axes, (title, own) in zip(grid, panels.items(), strict=False):
