@@ -7,7 +7,7 @@ import statistics
 import torch
 from torch import Tensor
 
-from forde_fast.data import load
+from forde_fast.data import load_unknown
 from forde_fast.evaluation import (
     auroc,
     disagreement,
@@ -106,19 +106,11 @@ def unknown(lab: Lab) -> str:
 def _unknown_images(lab: Lab) -> dict[str, Tensor]:
     """Uint8 images like the test images: no download is needed for any of them."""
     test = lab.data.test_images
-    generator = torch.Generator().manual_seed(0)
-    pixels = test.flatten(1)
-    order = torch.rand(pixels.shape, generator=generator).argsort(1)
-    sets = {
-        "noise": torch.randint(256, test.shape, dtype=torch.uint8, generator=generator),
-        "shuffled pixels": pixels.gather(1, order).view(test.shape),
-    }
-    if lab.setting.data != "digits":
-        digits = load("digits").test_images[:, None].float()
-        resized = torch.nn.functional.interpolate(digits, test.shape[1:3], mode="bilinear")[:, 0]
-        images = resized.round().clamp(0, 255).to(torch.uint8)
-        sets["digits"] = images if lab.grey else images[..., None].expand(-1, -1, -1, test.shape[3]).contiguous()
-    return sets
+    shape, pixels = tuple(test.shape[1:]), test.flatten(1)
+    order = torch.rand(pixels.shape, generator=torch.Generator().manual_seed(0)).argsort(1)
+    others = ["noise"] if lab.setting.data == "digits" else ["noise", "digits"]
+    sets = {name: torch.from_numpy(load_unknown(name, shape, count=len(test))) for name in others}
+    return sets | {"shuffled pixels": pixels.gather(1, order).view(test.shape)}
 
 
 def _uncertain(lab: Lab, ensemble, images: Tensor, kind: str) -> Tensor:
