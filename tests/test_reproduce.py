@@ -117,6 +117,23 @@ def test_another_table_in_the_folder(tmp_path):
         Reproduction(TINY, tmp_path / "other")
 
 
+def test_corrupted_files_in_the_place_of_copies(tmp_path):
+    table = Reproduction(TINY, tmp_path / "made")
+    table.run()
+    cifar = tmp_path / "made" / "corrupted" / "cifar"
+    np.save(cifar / "labels.npy", np.tile(table.data.test_labels[:40].numpy(), 5))
+    given = Reproduction(replace(TINY, test_size=None), tmp_path / "given", corrupted_dir=str(cifar))
+    run = reproduce.TableRun(given.config("de", Setting(5e-4, 1.0, 0.4), 0, "runs/de/seed0"), given.data)
+    own = given._test_sets(run)
+    assert list(own) == ["corrupted"]
+    found = [(name, severity, torch.as_tensor(images)) for name, severity, images, _ in own["corrupted"]]
+    wanted = list(
+        Corrupted(cifar, table.data.test_images[:40], table.data.test_labels[:40], ("brightness", "contrast"))
+    )
+    assert [part[:2] for part in found] == [part[:2] for part in wanted]
+    assert all(torch.equal(a[2], b[2]) for a, b in zip(found, wanted, strict=True))
+
+
 @pytest.mark.parametrize("spread", [False, True])
 def test_corrupted_images_are_made_once(tmp_path, spread):
     images, labels = torch.randint(256, (13, 6, 5), dtype=torch.uint8), torch.arange(13)

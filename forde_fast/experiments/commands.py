@@ -22,6 +22,7 @@ def reproduce(command):
     command.add_argument("--train-size", type=int)
     command.add_argument("--test-size", type=int)
     command.add_argument("--data-dir", help="the data set's folder")
+    command.add_argument("--corrupted-dir", help="CIFAR-10-C's files, or others like them; default: copies made here")
     command.add_argument("--device", default="auto")
     command.add_argument("--out", help="default: runs/TABLE")
     command.add_argument("--json", action="store_true", help="print the scores of all runs as JSON")
@@ -44,7 +45,8 @@ def reproduce(command):
                 chosen = tuple(options.methods.split(","))
                 given |= {"methods": chosen, "published": tuple(n for n in table.published if n in chosen)}
             folder = Path(options.out or f"runs/{options.table}")
-            return Reproduction(replace(table, **given), folder, options.data_dir, options.device, say)
+            data = options.data_dir, options.device
+            return Reproduction(replace(table, **given), folder, *data, say, options.corrupted_dir)
 
         work = cli._before_work(options, prepare)
         try:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from forde_fast.config import TrainConfig
-from forde_fast.data import Images, load
+from forde_fast.data import Images, load, open_corrupted
 from forde_fast.data.corruptions import CORRUPTIONS, EXTRA, STANDARD
 from forde_fast.evaluation import mean_scores, score_corrupted
 from forde_fast.experiments.corrupted import Corrupted, harder
@@ -75,13 +75,17 @@ class TableRun(Trial):
 class Reproduction:
     """Everything that a table needs, checked and read before any work.
 
-    say  is told of every finished run. Raises ValueError for a folder that holds another table.
+    corrupted_dir  CIFAR-10-C's files or others that `data.open_corrupted` reads, in the place of copies made here
+    say            is told of every finished run. Raises ValueError for a folder that holds another table
     """
 
     def __init__(self, table: Table, folder: Path, data_dir: str | None = None, device: str = "auto",
-                 say: Callable[[str], None] = lambda text: None):  # fmt: skip
+                 say: Callable[[str], None] = lambda text: None, corrupted_dir: str | None = None):  # fmt: skip
         self.table, self.folder, self.data_dir, self.device, self.say = table, Path(folder), data_dir, device, say
         self.data: Images = load(table.data, data_dir)
+        self.corrupted = None
+        if corrupted_dir is not None:
+            self.corrupted = open_corrupted(corrupted_dir, tuple(self.data.test_images.shape[1:]), self.data.classes)
         settings = json.loads(json.dumps(dataclasses.asdict(table)))
         path = self.folder / "table.json"
         if path.exists():
@@ -180,6 +184,8 @@ class Reproduction:
         self.say(f"{minutes:6.1f} min  {run.folder.relative_to(self.folder)}: {seen}")
 
     def _test_sets(self, run: Run) -> dict[str, Corrupted]:
+        if self.corrupted is not None:
+            return {"corrupted": self.corrupted}
         folder, spread = self.folder / "corrupted", self.table.spread
         given = run.test_images, run.test_labels
         sets = {"corrupted": Corrupted(folder / "cifar", *given, CORRUPTIONS, spread=spread)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from forde_fast import methods, validation
+from forde_fast.data import DATASETS
 from forde_fast.models import MODELS
 from forde_fast.validation import expect
 
@@ -46,6 +47,7 @@ class Table:
     spread: bool = False
 
     def __post_init__(self):
+        validation.one_of(self.data, "data", DATASETS)
         validation.one_of(self.model, "model", MODELS)
         for name in ("members", "seeds", "epochs", "tuning_seeds"):
             validation.whole(getattr(self, name), name)
@@ -75,5 +77,5 @@ TABLES = {
     "fashion-resnet18": Table("fashion-mnist", "resnet18", members=10, strategy="auto", epochs=30),
     "cifar10": Table("cifar10", "resnet18", **RESNET),
     "cifar100": Table("cifar100", "resnet18", **RESNET),
-    "tinyimagenet": Table("tinyimagenet", "preactresnet18", **{**RESNET, "epochs": 150}),
+    "tinyimagenet": Table("tiny-imagenet", "preactresnet18", **{**RESNET, "epochs": 150}),
 }  # fmt: skip
