@@ -126,10 +126,9 @@ def test_corrupted_files_in_the_place_of_copies(tmp_path):
     run = reproduce.TableRun(given.config("de", Setting(5e-4, 1.0, 0.4), 0, "runs/de/seed0"), given.data)
     own = given._test_sets(run)
     assert list(own) == ["corrupted"]
-    found = [(name, severity, torch.as_tensor(images)) for name, severity, images, _ in own["corrupted"]]
-    wanted = list(
-        Corrupted(cifar, table.data.test_images[:40], table.data.test_labels[:40], ("brightness", "contrast"))
-    )
+    found = [(name, severity, torch.as_tensor(copies)) for name, severity, copies, _ in own["corrupted"]]
+    images, labels = table.data.test_images[:40], table.data.test_labels[:40]
+    wanted = list(Corrupted(cifar, images, labels, ("brightness", "contrast")))
     assert [part[:2] for part in found] == [part[:2] for part in wanted]
     assert all(torch.equal(a[2], b[2]) for a, b in zip(found, wanted, strict=True))
 

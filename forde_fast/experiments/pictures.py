@@ -170,7 +170,9 @@ def classification(lab: Lab) -> str:
         lab.say(name)
     figure, axes = figures._figure(len(panels), 3.2, 2.9, 0)
     for own, (name, entropy) in zip(axes, panels.items(), strict=False):
-        shade = own.pcolormesh(side, side, entropy, vmin=0, vmax=np.log(2), cmap="Blues", rasterized=True)
+        shade = own.pcolormesh(
+            side.numpy(), side.numpy(), entropy, vmin=0, vmax=np.log(2), cmap="Blues", rasterized=True
+        )
         own.scatter(*points.T, c=labels, s=6, cmap="coolwarm")
         own.set_title(name, fontsize=10)
     figure.colorbar(shade, ax=list(axes[: len(panels)]), label="entropy, nats", shrink=0.8)

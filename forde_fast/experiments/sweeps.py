@@ -18,6 +18,8 @@ from forde_fast.methods import Method
 from forde_fast.spaces import InputGradients
 
 ALPHAS = (0.0, 0.1, 0.2, 0.4, 0.8, 1.0)  # the paper's
+STRENGTHS = (0.05, 0.25, 1.0, 4.0)  # of the setting's repulsion_weight
+SIZES = (2, 5, 10, 20)
 COLUMNS = ("accuracy", "NLL", "cA", "cNLL", "cA, severities 1-3", "cA, severities 4-5")
 COMPARED = ("de", "weight-rde", "function-rde", "feature-rde", "lit", "gal", "forde-identity", "forde-pca")
 
@@ -54,7 +56,7 @@ def lengthscale(lab: Lab) -> str:
                 line[0].append(alpha)
                 line[1].append(statistics.fmean(run[column] for run in rows[title]))
     figures.curves(lines, lab.out / "alpha.png", "alpha")
-    weights, strengths = {}, tuple(lab.setting.repulsion_weight * f for f in (0.05, 0.25, 1.0, 4.0))
+    weights, strengths = {}, [lab.setting.repulsion_weight * factor for factor in STRENGTHS]
     for alpha in (0.0, 0.4, 1.0):
         own = Method(InputGradients(), lengthscale=scale.blend(alpha))
         for weight in strengths:
@@ -66,7 +68,7 @@ def lengthscale(lab: Lab) -> str:
 def size(lab: Lab) -> str:
     """Ensembles of 2 to 20 members, with and without repulsion."""
     rows, lines = {}, {}
-    for members in (2, 5, 10, 20):
+    for members in SIZES:
         for name in ("de", "forde-pca"):
             title = f"{name}, {members} members"
             rows[title] = [
