@@ -89,7 +89,7 @@ def maps(rows: Mapping[str, Sequence[np.ndarray]], titles: Sequence[str], path: 
 def _figure(panels: int, width: float, height: float, labels: int):
     from matplotlib.figure import Figure
 
-    columns = min(COLUMNS, panels)
+    columns = 2 if panels == 4 else min(COLUMNS, panels)
     rows = -(-panels // columns)
     legend = 0.25 * -(-labels // 4)
     figure = Figure(figsize=(width * columns, height * rows + legend + 0.2), layout="constrained")
