@@ -134,10 +134,11 @@ def _settings(rows: dict) -> str:
         setting, method = own["setting"], own["method"]
         weight = "" if method == "de" else f"{setting['repulsion_weight']:g}"
         alpha = f"{setting['alpha']:g}" if method == "forde-tuned" else ""
-        strength = "" if method == "de" else f"{own['metrics'][0].get('strength', math.nan):.0f}"
+        strength = own["metrics"][0].get("strength") if method.startswith("forde") else None  # of R with its 1 / B
+        strength = "" if strength is None else f"{strength:.0f}"
         lines.append([row, f"{setting['weight_decay']:g}", weight, strength, alpha])
     text = "Chosen on a validation split under other corruptions; the rows -published were not tuned."
-    published = "w N/B, the repulsion over that of the posterior, is 391 where CIFAR is trained with w = 1."
+    published = "FoRDE's w N/B, its repulsion over that of the posterior, is 391 on CIFAR at w = 1."
     return f"## Settings\n\n{text} {published}\n\n{markdown_table(head, lines)}"
 
 
@@ -159,8 +160,7 @@ def _differences(rows: dict, seeds: int) -> str:
 
 def _shown(found: Interval, metric: str) -> str:
     _, factor, digits = METRICS[metric]
-    digits = digits + 1 if metric == "accuracy" else digits
-    text = f"{factor * found.mean:+.{digits}f}{PLUS_MINUS}{factor * found.half:.{digits}f}"
+    text = f"{factor * found.mean:+.{digits + 1}f}{PLUS_MINUS}{factor * found.half:.{digits + 1}f}"
     return f"**{text}**" if found.sign else text
 
 
