@@ -42,8 +42,8 @@ def choose(
     numbers and torch's generators stay as they are; its layers are left as chosen.
 
     "auto" keeps to a loop for one member, for larger members without repulsion, and where members draw random
-    numbers, so that a seed gives the same masks whatever is fastest. Stacked members have PyTorch's own layers, and
-    "auto" tries them in the loop too: in a small network the fast ones do not pay.
+    numbers, so that a seed gives the same masks whatever is fastest. It tries PyTorch's own
+    layers in the loop too: in a small network the fast ones may not pay.
     """
     reasons: list[str] = []
     repels = objective.repels(len(ensemble))
@@ -54,7 +54,8 @@ def choose(
     if len(ensemble) == 1 or not (repels or max(ensemble.sizes) <= SMALL):
         tried = ()
     for name in tried if kind == "auto" else (kind,):
-        possible = Choice(replace(strategy, kind=name), name != "stacked" if accelerate else None)
+        # only the CPU's fast layers know stacked members
+        possible = Choice(replace(strategy, kind=name), not (x.is_cuda and name == "stacked") if accelerate else None)
         _layers(ensemble, possible)
         reason = why_not(possible.strategy, ensemble, objective, x, y)
         if (

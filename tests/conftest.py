@@ -39,3 +39,16 @@ def fast_layers_at_any_size():
     from forde_fast.second_order.layers import BatchNorm
 
     BatchNorm.smallest = 0
+
+
+@pytest.fixture(params=["portable", "avx2", "avx512"])
+def capability(request):
+    """Every instruction set that this machine can run, not the widest alone."""
+    _C = pytest.importorskip("forde_fast._C")
+    widest = _C.cpu_capability()
+    try:
+        _C.use_cpu_capability(request.param)
+    except ValueError as error:
+        pytest.skip(str(error))
+    yield request.param
+    _C.use_cpu_capability(widest)

@@ -302,21 +302,6 @@ def test_threads_change_nothing():
         assert all(torch.equal(part, same) for part, same in zip(result, results[0], strict=True))
 
 
-@pytest.fixture(params=["portable", "avx2", "avx512"])
-def capability(request):
-    """Every instruction set that this machine can run, not the widest alone."""
-    usable("cpp")
-    from forde_fast import _C
-
-    widest = _C.cpu_capability()
-    try:
-        _C.use_cpu_capability(request.param)
-    except ValueError as error:
-        pytest.skip(str(error))
-    yield request.param
-    _C.use_cpu_capability(widest)
-
-
 def test_every_instruction_set(capability):
     """Blocks of pairs and rows with every remainder, the end of a tile, all lengthscales and types."""
     for shape in ((2, 2, 300), (6, 3, 517), (9, 1, 300), (11, 2, 264)):

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 import forde_fast as ff
 from forde_fast import models
 from forde_fast.second_order import norm_relu
-from forde_fast.second_order.functions import Convolution, Norm, alone
+from forde_fast.second_order.functions import INPUT, OUTPUT, WEIGHT, Convolution, How, Norm, alone
 
 F32, F64 = torch.float32, torch.float64
 needs_kernels = pytest.mark.skipif(not ff.available_backends()["cpp"].usable, reason="the C++ extension is not built")
@@ -118,7 +118,7 @@ def test_normalisation_by_finite_differences(layout, training):
     constants = (None, None) if training else (draws(4), draws(4).square())
 
     def function(x, weight, bias, residual):
-        return Norm.apply(x, weight, bias, residual, *constants, 1e-5, True, alone)[0]
+        return Norm.apply(x, weight, bias, residual, *constants, 1e-5, True, alone, 1)[0]
 
     inputs = tuple(t.requires_grad_() for t in (x, weight, bias, residual))
     assert gradcheck(function, inputs)
@@ -178,7 +178,7 @@ def test_ranks_that_add_their_sums():
 
 def _passes(x, weight, bias, reduce):
     x = x.detach().requires_grad_()
-    z, _ = Norm.apply(x, weight, bias, *[None] * 3, 1e-5, True, reduce)
+    z, _ = Norm.apply(x, weight, bias, *[None] * 3, 1e-5, True, reduce, 1)
     dx, dw, db = torch.autograd.grad(z.sin().sum(), (x, weight, bias), create_graph=True)
     scalars = z.cos().sum(), dx.square().sum(), (dw * weight.detach()).sum(), db.sum()
     return z, dx, *torch.autograd.grad(scalars, (x, weight, bias))
@@ -206,8 +206,8 @@ def test_convolutions(conv, shape):
 
 def test_convolution_by_finite_differences():
     inputs = [t.requires_grad_() for t in (draws(2, 4, 4, 3), draws(2, 2, 3, 2), draws(2))]
-    how = ((2, 1), (1, 0), (1, 1), False, (0, 0), 2)
-    assert gradgradcheck(lambda *tensors: Convolution.apply(*tensors, how), inputs)
+    how = How((2, 1), (1, 0), (1, 1), 2, False)
+    assert gradgradcheck(lambda *tensors: Convolution.apply(OUTPUT, None, *tensors, how), inputs)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -226,14 +226,15 @@ def test_the_sweep_for_input_gradients_computes_no_weight_gradient(monkeypatch):
     model = accelerated(models.cnn(3, 1, 4))
     x = torch.randn(4, 1, 8, 8, requires_grad=True)
     asked = []
-    original = ff.second_order.functions._gradient
-    monkeypatch.setattr(ff.second_order.functions, "_gradient", lambda *a: asked.append(a[-1]) or original(*a))
+    original = Convolution.forward
+    monkeypatch.setattr(Convolution, "forward", lambda which, *rest: asked.append(which) or original(which, *rest))
     out = model(x)
     (J,) = torch.autograd.grad(out.sum(), x, create_graph=True)
-    assert asked == [0, 0, 0]
+    assert asked == [OUTPUT] * 3 + [INPUT] * 3
     asked.clear()
     torch.autograd.grad((out.square().sum(), J.square().sum()), list(model.parameters()))
-    assert sorted(asked) == [0, 0, 1, 1, 1, 1, 1, 1]  # the first layer's input is asked for no more
+    # each layer's once more forward, and the first layer's input is asked for no more
+    assert sorted(asked) == [OUTPUT] * 3 + [INPUT] * 2 + [WEIGHT] * 6
 
 
 @pytest.mark.parametrize("frozen", ["norm0.weight", "conv1.weight", "norm1", "head"])

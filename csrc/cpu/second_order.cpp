@@ -30,30 +30,37 @@ const Passes& passes_for(at::ScalarType type) {
   return portable_passes(wide);
 }
 
-// The tensors of a call as [outer, channels, inner], dense in the order of x: channels last is [N S, C, 1].
+// The tensors of a call as [outer, channels, inner], dense in the order of x: channels last is [N S, C, 1]. Where the
+// batch is that of several members, one after another, each is normalised by itself and has coefficients of its own.
 struct Call {
   Tensor x;
   at::MemoryFormat format = at::MemoryFormat::Contiguous;
-  int64_t outer, channels, inner;
+  int64_t members, outer, channels, inner;  // outer: of a member
   const Passes& passes;
   Part whole{};
   std::vector<Tensor> kept;  // what `whole` points to
-  std::vector<double> rows;  // coefficients [rows, channels]
+  std::vector<double> rows;  // coefficients [rows, members channels]
 
-  explicit Call(const Tensor& given) : passes(passes_for(given.scalar_type())) {
+  Call(const Tensor& given, int64_t members) : members(members), passes(passes_for(given.scalar_type())) {
     TORCH_CHECK(given.scalar_type() == at::kFloat || given.scalar_type() == at::kDouble,
                 "x: expected float32 or float64, got ", given.scalar_type());
     TORCH_CHECK(given.dim() >= 2, "x: expected [N, C, ...], got ", given.sizes());
+    TORCH_CHECK(members > 0 && given.size(0) % members == 0, "members: expected a divisor of ", given.size(0), ", got ", members);
     const auto last = given.dim() == 5 ? at::MemoryFormat::ChannelsLast3d : at::MemoryFormat::ChannelsLast;
     if (!given.is_contiguous() && given.dim() >= 4 && given.is_contiguous(last)) format = last;
     x = given.contiguous(format);
     channels = x.size(1);
-    outer = x.size(0);
-    inner = channels == 0 || outer == 0 ? 1 : x.numel() / (outer * channels);
+    outer = x.size(0) / members;
+    inner = channels == 0 || outer == 0 ? 1 : x.numel() / (members * outer * channels);
     if (format != at::MemoryFormat::Contiguous) outer *= inner, inner = 1;
-    whole.outer = outer, whole.channels = channels, whole.inner = inner;
+    whole.outer = outer, whole.channels = channels, whole.inner = inner, whole.stride = width();
     whole.x = x.const_data_ptr();
   }
+
+  Call(const Tensor& given, const Tensor& statistics)
+      : Call(given, given.dim() < 2 || given.size(1) == 0 ? 1 : statistics.size(-1) / given.size(1)) {}
+
+  int64_t width() const { return members * channels; }  // of a row of coefficients
 
   const void* input(const OptionalTensor& given, const char* name) {
     if (!given) return nullptr;
@@ -65,18 +72,23 @@ struct Call {
 
   Tensor output() const { return at::empty_like(x, x.options(), format); }
 
-  // A vector of one number for each channel, in double; `fallback` where there is none.
+  // A row of coefficients, one for each member and channel; `fallback` where there is none.
   void row(const OptionalTensor& given, double fallback) {
-    rows.resize(rows.size() + channels, fallback);
+    double* to = new_row(fallback);
     if (!given) return;
-    TORCH_CHECK(given->numel() == channels, "expected one number for each of ", channels, " channels, got ", given->sizes());
-    const Tensor values = given->to(at::kDouble).contiguous();
-    std::copy_n(values.const_data_ptr<double>(), channels, rows.end() - channels);
+    TORCH_CHECK(given->numel() == width(), "expected ", width(), " numbers, one for each channel, got ", given->sizes());
+    const Tensor values = given->contiguous();
+    if (values.scalar_type() == at::kFloat) {
+      std::copy_n(values.const_data_ptr<float>(), width(), to);
+    } else {
+      const Tensor wide = values.to(at::kDouble);
+      std::copy_n(wide.const_data_ptr<double>(), width(), to);
+    }
   }
 
-  double* new_row() {
-    rows.resize(rows.size() + channels);
-    return rows.data() + rows.size() - channels;
+  double* new_row(double value = 0) {
+    rows.resize(rows.size() + width(), value);
+    return rows.data() + rows.size() - width();
   }
 
   // Rounds the coefficients to the tensors' type: nothing changes them afterwards.
@@ -90,69 +102,88 @@ struct Call {
     whole.coefficients = rounded.const_data_ptr();
   }
 
-  // The rows begin to end of `outer`.
-  Part part(int64_t begin, int64_t end) const {
+  // The rows begin to end of a member.
+  Part part(int64_t member, int64_t begin, int64_t end) const {
     Part p = whole;
     p.outer = end - begin;
-    const int64_t bytes = begin * channels * inner * x.element_size();
+    const int64_t size = x.element_size(), bytes = (member * outer + begin) * channels * inner * size;
     for (const void** tensor : {&p.x, &p.residual, &p.z, &p.g, &p.u, &p.u_residual})
       if (*tensor) *tensor = static_cast<const char*>(*tensor) + bytes;
     for (void** tensor : {&p.out, &p.second})
       if (*tensor) *tensor = static_cast<char*>(*tensor) + bytes;
+    p.coefficients = static_cast<const char*>(p.coefficients) + member * channels * size;
     return p;
   }
 
   static constexpr int64_t kGrain = 1 << 14;  // numbers that are worth a thread
 
+  int64_t grain() const { return std::max<int64_t>(1, kGrain / std::max<int64_t>(1, channels * inner)); }
+
   void apply(void (*pass)(const Part&)) {
     finish();
-    const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, channels * inner));
-    at::parallel_for(0, outer, grain, [&](int64_t begin, int64_t end) { pass(part(begin, end)); });
+    at::parallel_for(0, members * outer, grain(), [&](int64_t begin, int64_t end) {
+      while (begin < end) {
+        const int64_t member = begin / outer, stop = std::min(end, (member + 1) * outer);
+        pass(part(member, begin - member * outer, stop - member * outer));
+        begin = stop;
+      }
+    });
   }
 
-  // [count, channels]; the same numbers whatever the number of threads.
+  // [count, members channels]; the same numbers whatever the number of threads.
   Tensor sum(void (*pass)(const Part&, double*), int64_t count) {
     finish();
-    const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, channels * inner));
-    const int64_t step = std::max(grain, (outer + 63) / 64), parts = (outer + step - 1) / step;
-    Tensor total = at::zeros({count, channels}, x.options().dtype(at::kDouble));
-    std::vector<double> partial(parts * total.numel());
-    at::parallel_for(0, parts, 1, [&](int64_t from, int64_t to) {
-      for (int64_t k = from; k < to; ++k) pass(part(k * step, std::min(outer, (k + 1) * step)), &partial[k * total.numel()]);
+    const int64_t step = std::max(grain(), (outer + 63) / 64), parts = (outer + step - 1) / step;
+    Tensor total = at::zeros({count, width()}, x.options().dtype(at::kDouble));
+    const int64_t own = count * channels;
+    std::vector<double> partial(members * parts * own);
+    at::parallel_for(0, members * parts, 1, [&](int64_t from, int64_t to) {
+      for (int64_t item = from; item < to; ++item) {
+        const int64_t member = item / parts, k = item % parts;
+        pass(part(member, k * step, std::min(outer, (k + 1) * step)), &partial[item * own]);
+      }
     });
     double* to = total.mutable_data_ptr<double>();
-    for (size_t k = 0; k < partial.size(); ++k) to[k % total.numel()] += partial[k];
+    for (int64_t item = 0; item < members * parts; ++item)
+      for (int64_t row = 0; row < count; ++row)
+        for (int64_t c = 0; c < channels; ++c)
+          to[row * width() + item / parts * channels + c] += partial[item * own + row * channels + c];
     return total;
   }
 };
 
+const double* doubles(const Tensor& sums, int64_t rows, int64_t width, const char* name) {
+  TORCH_CHECK(sums.scalar_type() == at::kDouble && sums.is_contiguous() && sums.dim() == 2 && sums.size(0) >= rows &&
+                  sums.size(1) == width,
+              name, ": expected float64 [", rows, ", ", width, "], got ", sums.scalar_type(), " ", sums.sizes());
+  return sums.const_data_ptr<double>();
+}
+
 // statistics [4, C]: mean, inverse deviation, 1 / count (0: constants, evaluation mode), variance
 void common(Call& call, const Tensor& statistics, const OptionalTensor& weight, const OptionalTensor& bias, bool relu) {
-  call.row(statistics.select(0, 0), 0);
-  call.row(statistics.select(0, 1), 0);
+  const double* s = doubles(statistics, 4, call.width(), "statistics");
+  call.rows.assign(s, s + 2 * call.width());
   call.row(weight, 1);
   call.row(bias, 0);
   call.whole.relu = relu;
 }
 
-const double* doubles(const Tensor& sums, int64_t rows, int64_t channels, const char* name) {
-  TORCH_CHECK(sums.scalar_type() == at::kDouble && sums.is_contiguous() && sums.dim() == 2 && sums.size(0) >= rows &&
-                  sums.size(1) == channels,
-              name, ": expected float64 [", rows, ", ", channels, "], got ", sums.scalar_type(), " ", sums.sizes());
-  return sums.const_data_ptr<double>();
-}
-
-Tensor norm_statistics(const Tensor& x, double eps) {
-  Call call(x);
+Tensor norm_statistics(const Tensor& x, double eps, int64_t members) {
+  Call call(x, members);
   const double count = double(call.outer) * double(call.inner);
-  Tensor first = call.x.select(0, 0);  // sums are taken of x minus one of its numbers: squares cancel less
-  call.row(first.reshape({call.channels, -1}).select(1, 0), 0);
+  // sums are taken of x minus one of its numbers: squares cancel less
+  double* first = call.new_row();
+  for (int64_t c = 0; c < call.width() && x.numel(); ++c) {
+    const int64_t at = (c / call.channels * call.outer * call.channels + c % call.channels) * call.inner;
+    first[c] = x.scalar_type() == at::kDouble ? static_cast<const double*>(call.whole.x)[at]
+                                              : static_cast<const float*>(call.whole.x)[at];
+  }
   const std::vector<double> shift = call.rows;
   const Tensor moments = call.sum(call.passes.moments, 2);
-  Tensor statistics = at::empty({4, call.channels}, moments.options());
+  Tensor statistics = at::empty({4, call.width()}, moments.options());
   const double* sums = moments.const_data_ptr<double>();
   double* to = statistics.mutable_data_ptr<double>();
-  for (int64_t c = 0, C = call.channels; c < C; ++c) {
+  for (int64_t c = 0, C = call.width(); c < C; ++c) {
     const double mean = sums[c] / count, square = sums[C + c] / count - mean * mean;
     const double variance = square < 0 ? 0 : square;  // NaN stays NaN
     to[c] = shift[c] + mean;
@@ -165,7 +196,7 @@ Tensor norm_statistics(const Tensor& x, double eps) {
 
 Tensor norm_forward(const Tensor& x, const OptionalTensor& residual, const Tensor& statistics, const OptionalTensor& weight,
                     const OptionalTensor& bias, bool relu) {
-  Call call(x);
+  Call call(x, statistics);
   common(call, statistics, weight, bias, relu);
   call.whole.residual = call.input(residual, "residual");
   Tensor out = call.output();
@@ -176,7 +207,7 @@ Tensor norm_forward(const Tensor& x, const OptionalTensor& residual, const Tenso
 
 Tensor norm_backward_sums(const Tensor& g, const Tensor& x, const OptionalTensor& z, const Tensor& statistics,
                           const OptionalTensor& weight, const OptionalTensor& bias, bool relu) {
-  Call call(x);
+  Call call(x, statistics);
   common(call, statistics, weight, bias, relu);
   call.whole.g = call.input(g, "g");
   call.whole.z = call.input(z, "z");
@@ -186,14 +217,14 @@ Tensor norm_backward_sums(const Tensor& g, const Tensor& x, const OptionalTensor
 std::tuple<Tensor, Tensor> norm_backward(const Tensor& g, const Tensor& x, const OptionalTensor& z, const Tensor& statistics,
                                          const OptionalTensor& weight, const OptionalTensor& bias, bool relu,
                                          const Tensor& sums, bool residual) {
-  Call call(x);
+  Call call(x, statistics);
   common(call, statistics, weight, bias, relu);
   call.whole.g = call.input(g, "g");
   call.whole.z = call.input(z, "z");
   Tensor dx = call.output(), masked = residual ? call.output() : at::empty({0}, x.options());
   call.whole.out = dx.mutable_data_ptr();
   call.whole.second = residual ? masked.mutable_data_ptr() : nullptr;
-  const int64_t C = call.channels;
+  const int64_t C = call.width();
   const double *s = doubles(statistics, 4, C, "statistics"), *sum = doubles(sums, 2, C, "sums");
   for (int k = 0; k < 3; ++k) call.new_row();
   const double* weights = &call.rows[2 * C];
@@ -210,7 +241,7 @@ std::tuple<Tensor, Tensor> norm_backward(const Tensor& g, const Tensor& x, const
 
 Tensor norm_double_sums(const Tensor& u, const Tensor& g, const Tensor& x, const OptionalTensor& z, const Tensor& statistics,
                         const OptionalTensor& weight, const OptionalTensor& bias, bool relu) {
-  Call call(x);
+  Call call(x, statistics);
   common(call, statistics, weight, bias, relu);
   call.whole.u = call.input(u, "u");
   call.whole.g = call.input(g, "g");
@@ -223,7 +254,7 @@ std::tuple<Tensor, Tensor> norm_double_backward(const Tensor& u, const OptionalT
                                                 const Tensor& statistics, const OptionalTensor& weight,
                                                 const OptionalTensor& bias, bool relu, const Tensor& sums,
                                                 const Tensor& double_sums) {
-  Call call(x);
+  Call call(x, statistics);
   common(call, statistics, weight, bias, relu);
   call.whole.u = call.input(u, "u");
   call.whole.u_residual = call.input(u_residual, "u_residual");
@@ -232,7 +263,7 @@ std::tuple<Tensor, Tensor> norm_double_backward(const Tensor& u, const OptionalT
   Tensor dg = call.output(), dx = call.output();
   call.whole.out = dg.mutable_data_ptr();
   call.whole.second = dx.mutable_data_ptr();
-  const int64_t C = call.channels;
+  const int64_t C = call.width();
   const double *s = doubles(statistics, 4, C, "statistics"), *sum = doubles(sums, 2, C, "sums");
   const double* twice = doubles(double_sums, v ? 5 : 3, C, "double_sums");
   const double* dv = v ? doubles(*v, 2, C, "v") : nullptr;

@@ -9,11 +9,11 @@ namespace forde_fast::second_order {
 // Tensors of one floating type, at the first element of the part; null where absent. A mask is where the
 // normalisation's result, before the ReLU, is positive: found again from x, or from the output z where it has a residual.
 struct Part {
-  int64_t outer, channels, inner;
+  int64_t outer, channels, inner, stride;  // stride: from a row of coefficients to the next
   bool relu;
   const void *x, *residual, *z, *g, *u, *u_residual;
   void *out, *second;
-  const void* coefficients;  // [rows, channels]: mean, inverse deviation, weight, bias; then those of the pass
+  const void* coefficients;  // [rows, stride]: mean, inverse deviation, weight, bias; then those of the pass
 };
 
 constexpr int64_t kCommon = 4;  // rows of coefficients that every pass has

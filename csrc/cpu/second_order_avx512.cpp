@@ -4,6 +4,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "convolution.h"
 #include "second_order.h"
 
 #if defined(__x86_64__)
@@ -17,9 +18,11 @@ namespace forde_fast::second_order {
 namespace {
 constexpr int64_t kBytes = 64;
 #include "second_order_kernels.h"
+#include "convolution_kernels.h"
 }  // namespace
 
 const Passes& avx512_passes(bool wide) { return passes_for(wide); }
+const Multiplier& avx512_multiplier(bool wide) { return multiplier_for(wide); }
 
 }  // namespace forde_fast::second_order
 

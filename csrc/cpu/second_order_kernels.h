@@ -130,7 +130,7 @@ struct DoubleBackward : Pass<T, kCommon + 7> {
 template <class P, class T, class X>
 inline void coefficients(const Part& p, int64_t c, X* k) {
   const T* from = static_cast<const T*>(p.coefficients) + c;
-  for (int64_t row = 0; row < P::kRows; ++row) k[row] = load<X>(from + row * p.channels);
+  for (int64_t row = 0; row < P::kRows; ++row) k[row] = load<X>(from + row * p.stride);
 }
 
 template <template <class> class P, class T>

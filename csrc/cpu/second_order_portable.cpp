@@ -3,14 +3,17 @@
 #include <type_traits>
 #include <vector>
 
+#include "convolution.h"
 #include "second_order.h"
 
 namespace forde_fast::second_order {
 namespace {
 constexpr int64_t kBytes = 16;
 #include "second_order_kernels.h"
+#include "convolution_kernels.h"
 }  // namespace
 
 const Passes& portable_passes(bool wide) { return passes_for(wide); }
+const Multiplier& portable_multiplier(bool wide) { return multiplier_for(wide); }
 
 }  // namespace forde_fast::second_order

@@ -3,7 +3,7 @@
 from collections import OrderedDict
 from math import prod
 
-from torch import nn
+from torch import Tensor, nn
 
 from forde_fast.models.init import check_in_shape, check_positive, haiku_init_
 
@@ -30,6 +30,13 @@ def mlp(
     return haiku_init_(nn.Sequential(layers))
 
 
+class Mean(nn.Module):
+    """[B, C, H, W] -> [B, C]. AdaptiveAvgPool2d, of images in channels-last, has no rule under torch.vmap."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean((2, 3))
+
+
 def cnn(num_classes: int = 10, in_channels: int = 1, width: int = 16) -> nn.Sequential:
     """Convolutional network [B, C, H, W] -> logits [B, K], for any H and W.
 
@@ -44,8 +51,7 @@ def cnn(num_classes: int = 10, in_channels: int = 1, width: int = 16) -> nn.Sequ
         layers[f"norm{i}"] = nn.BatchNorm2d(wider)
         layers[f"relu{i}"] = nn.ReLU()
         channels = wider
-    layers["mean"] = nn.AdaptiveAvgPool2d(1)
-    layers["flatten"] = nn.Flatten()
+    layers["mean"] = Mean()
     layers["head"] = nn.Linear(channels, num_classes)
     model = haiku_init_(nn.Sequential(layers))
     model.channels_last = True  # works in either layout of images: see forde_fast.second_order.accelerate

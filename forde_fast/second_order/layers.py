@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
 
 from forde_fast.second_order import operators, reference
-from forde_fast.second_order.functions import Convolution, Norm, Relayout, alone
+from forde_fast.second_order.functions import OUTPUT, Convolution, How, Norm, Relayout, alone
 from forde_fast.validation import expect
 
 
@@ -43,7 +43,7 @@ class BatchNorm:
             and x.ndim >= 2
             and x.shape[1] == self.num_features
             and x.numel() > x.shape[1]
-            and (x.is_cuda or x.numel() >= self.smallest or self.reduce is not alone)
+            and (x.is_cuda or _numbers(x) >= self.smallest or self.reduce is not alone)
             and all(t.device == x.device and t.dtype in (x.dtype, torch.float32) for t in own)
             and (residual is None or (residual.shape == x.shape and residual.dtype == x.dtype))
         )
@@ -59,7 +59,7 @@ class BatchNorm:
         self._check_input_dim(x)
         tracked = self.running_mean is not None
         constants = (None, None) if self.training or not tracked else (self.running_mean, self.running_var)
-        z, statistics = Norm.apply(x, self.weight, self.bias, residual, *constants, self.eps, relu, self.reduce)
+        z, statistics = Norm.apply(x, self.weight, self.bias, residual, *constants, self.eps, relu, self.reduce, 1)
         if self.training and tracked:
             self._track(statistics)
         return z
@@ -111,8 +111,8 @@ class Conv:
             to = weight.dtype
         if self.channels_last and x.ndim == 4 and weight.is_cuda and "cuda" in operators.TYPES and _no_transforms():
             weight = Relayout.apply(weight, to, True)  # once here: cuDNN would do it in every pass
-        how = (self.stride, self.padding, self.dilation, False, (0,) * dimensions, self.groups)
-        return Convolution.apply(tensors[0], weight.to(to), tensors[1], how)
+        how = How(self.stride, self.padding, self.dilation, self.groups, self.channels_last)
+        return Convolution.apply(OUTPUT, None, tensors[0], weight.to(to), tensors[1], how)
 
 
 def _channels_last(x: Tensor) -> Tensor:
@@ -156,6 +156,13 @@ def _watched(module: nn.Module) -> bool:
 def _no_transforms() -> bool:
     """Whether no torch.func transform is at work, whose tensors only PyTorch's own operations take."""
     return not torch._C._are_functorch_transforms_active()
+
+
+def _numbers(x: Tensor) -> int:
+    """In x and, under torch.func.vmap, its siblings."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(x):
+        x = torch._C._functorch.get_unwrapped(x)
+    return x.numel()
 
 
 def _plain_eager(x) -> bool:

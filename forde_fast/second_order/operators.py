@@ -1,5 +1,10 @@
-"""The registered operations of a batch normalisation: schemas, and shapes for tracing. C++ registers for CPU tensors,
-the Triton kernels for CUDA tensors; `reference` has the same functions in plain PyTorch, with the formulas."""
+"""The registered operations of a batch normalisation and, on the CPU, of a convolution: schemas, and shapes for tracing.
+C++ registers for CPU tensors, the Triton kernels for CUDA tensors; `reference` has the functions of the normalisation in
+plain PyTorch, with the formulas.
+
+members  the batch is that of so many members, one after another (on the CPU). Each is normalised by itself: vectors have
+         members x C numbers, and statistics and sums so many columns. Of a convolution's weight each has its own outputs
+"""
 
 import torch
 
@@ -10,7 +15,7 @@ OPERATIONS = ("statistics", "forward", "backward_sums", "backward", "double_sums
 library = torch.library.Library("forde_fast", "FRAGMENT")
 _LAYER = "Tensor statistics, Tensor? weight, Tensor? bias, bool relu"
 
-library.define("norm_statistics(Tensor x, float eps) -> Tensor")
+library.define("norm_statistics(Tensor x, float eps, int members=1) -> Tensor")
 library.define(f"norm_forward(Tensor x, Tensor? residual, {_LAYER}) -> Tensor")
 library.define(f"norm_backward_sums(Tensor g, Tensor x, Tensor? z, {_LAYER}) -> Tensor")
 library.define(
@@ -29,16 +34,24 @@ library.define(
     "norm_track_(Tensor(a!) running_mean, Tensor(b!) running_variance, Tensor(c!)? tracked, Tensor statistics,"
     " float momentum) -> ()"
 )
+_HOW = "int[] stride, int[] padding, int[] dilation, int groups, int members"
+library.define(f"convolve(Tensor x, Tensor weight, Tensor? bias, {_HOW}) -> Tensor")
+library.define(f"convolve_input(Tensor g, Tensor weight, int[] size, {_HOW}) -> Tensor")
+library.define(f"convolve_weight(Tensor g, Tensor x, int[] kernel, {_HOW}) -> Tensor")
 
 
-def _sums(x, rows):
-    return x.new_empty((rows, x.shape[1]), dtype=torch.float64)
+def _sums(columns, rows):
+    return columns.new_empty((rows, columns.shape[-1]), dtype=torch.float64)
 
 
-torch.library.register_fake("forde_fast::norm_statistics", lambda x, eps: _sums(x, 4))
+@torch.library.register_fake("forde_fast::norm_statistics")
+def _(x, eps, members=1):
+    return x.new_empty((4, members * x.shape[1]), dtype=torch.float64)
+
+
 torch.library.register_fake("forde_fast::norm_forward", lambda x, *rest: torch.empty_like(x))
-torch.library.register_fake("forde_fast::norm_backward_sums", lambda g, x, *rest: _sums(x, 2))
-torch.library.register_fake("forde_fast::norm_double_sums", lambda u, g, x, *rest: _sums(x, 3))
+torch.library.register_fake("forde_fast::norm_backward_sums", lambda g, x, z, statistics, *rest: _sums(statistics, 2))
+torch.library.register_fake("forde_fast::norm_double_sums", lambda u, g, x, z, statistics, *rest: _sums(statistics, 3))
 
 
 @torch.library.register_fake("forde_fast::norm_backward")
@@ -49,6 +62,27 @@ def _(g, x, z, statistics, weight, bias, relu, sums, residual):
 @torch.library.register_fake("forde_fast::norm_double_backward")
 def _(u, u_residual, v, g, x, *rest):
     return torch.empty_like(x), torch.empty_like(x)
+
+
+def _images(like, *shape):
+    return like.new_empty(shape).to(memory_format=torch.channels_last)
+
+
+@torch.library.register_fake("forde_fast::convolve")
+def _(x, weight, bias, stride, padding, dilation, groups, members):
+    sizes = zip(x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
+    results = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in sizes]
+    return _images(x, len(x), len(weight) // members, *results)
+
+
+@torch.library.register_fake("forde_fast::convolve_input")
+def _(g, weight, size, stride, padding, dilation, groups, members):
+    return _images(g, len(g), groups * weight.shape[1], *size)
+
+
+@torch.library.register_fake("forde_fast::convolve_weight")
+def _(g, x, kernel, stride, padding, dilation, groups, members):
+    return x.new_empty((members * g.shape[1], x.shape[1] // groups, *kernel))
 
 
 # device type -> types of x that its kernels take

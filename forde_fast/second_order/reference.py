@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 
-def norm_statistics(x: Tensor, eps: float) -> Tensor:
+def norm_statistics(x: Tensor, eps: float, members: int = 1) -> Tensor:
+    assert members == 1  # torch.vmap is for more
     over = [k for k in range(x.ndim) if k != 1]
     wide = x.double()
     mean, variance = wide.mean(over), wide.var(over, correction=0)
@@ -91,7 +92,7 @@ def norm_track_(running_mean, running_variance, tracked, statistics, momentum) -
     """As PyTorch's batch normalisation keeps its running statistics, in place."""
     mean, _, share, variance = statistics
     for running, now in ((running_mean, mean), (running_variance, variance / (1 - share))):
-        running.lerp_(now.to(running.dtype), momentum)
+        running.copy_(torch.lerp(running, now.to(running.dtype), momentum))  # lerp_ has no rule under torch.vmap
     if tracked is not None:
         tracked.add_(1)
 
