@@ -112,7 +112,7 @@ def why_not(strategy: Strategy, ensemble: Ensemble, objective: Objective, x: Ten
     same = ensemble.uniform and len({repr(member) for member in ensemble.members}) == 1
     if not same or not alike(ensemble):
         return "the members are not built alike"
-    with _unchanged(ensemble):
+    with unchanged(ensemble):
         try:
             gradient(ensemble, ensemble.flat, None, x, y, objective, strategy=strategy)
             with torch.enable_grad(), evaluation_mode(ensemble):
@@ -127,7 +127,7 @@ def why_not(strategy: Strategy, ensemble: Ensemble, objective: Objective, x: Ten
 
 def _draws(strategy: Strategy, ensemble: Ensemble, objective: Objective, x: Tensor, y: Tensor) -> bool:
     """Whether a step draws random numbers."""
-    with _unchanged(ensemble):
+    with unchanged(ensemble):
         before = random_state(x.device)
         gradient(ensemble, ensemble.flat, None, x, y, objective, strategy=strategy)
         after = random_state(x.device)
@@ -138,7 +138,7 @@ def _measure(candidates: dict[str, Choice], ensemble, objective, x, y) -> dict[s
     """Seconds of a step with each, the shortest of some rounds in which they take turns. What is out of memory, or
     slower by half in its first round, is left out of the rest."""
     times: dict[str, float] = {}
-    with _unchanged(ensemble):
+    with unchanged(ensemble):
         for number in range(1 + ROUNDS):
             for name in list(candidates):
                 _layers(ensemble, candidates[name])
@@ -164,7 +164,7 @@ def _now(device: torch.device) -> float:
 
 
 @contextlib.contextmanager
-def _unchanged(ensemble: Ensemble) -> Iterator[None]:
+def unchanged(ensemble: Ensemble) -> Iterator[None]:
     """What happens in here to the buffers and torch's generators is undone."""
     device = ensemble.flat.device
     buffers, random = [(b, b.clone()) for b in ensemble.buffers()], random_state(device)

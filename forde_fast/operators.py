@@ -59,6 +59,11 @@ library.define(
     "fused_by_factor(Tensor particles, Tensor factor, float tail, bool normalize, float eps, float log_count)"
     " -> (Tensor value, Tensor gradient, Tensor bandwidth, Tensor distances)"
 )
+# SGD's update in one pass, on the CPU: step.descend_ says what of.
+library.define(
+    "descend_(Tensor(a!) parameters, Tensor(b!) velocity, Tensor g, float rate, float momentum, float weight_decay,"
+    " bool nesterov) -> ()"
+)
 library.define("attach_gradient(Tensor particles, Tensor value, Tensor gradient) -> Tensor")
 library.define("scale_gradient(Tensor particles, Tensor gradient, Tensor factor) -> Tensor")
 

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from forde_fast.ensemble import Ensemble
 from forde_fast.methods import Method
+from forde_fast.operators import UNUSABLE
 from forde_fast.repulsion import repulsion
 from forde_fast.rule import FLOOR, Median, median
 from forde_fast.strategies import LOOP, Graphs, Strategy
@@ -139,8 +140,12 @@ def update(
 
 
 def descend_(parameters: Tensor, velocity: Tensor, g: Tensor, sgd: SGD) -> None:
-    """SGD's update of parameters, velocity and g [M, P], in place; torch.optim.SGD's operations in its order, on CUDA
-    its fused kernel."""
+    """SGD's update of parameters, velocity and g [M, P], in place; torch.optim.SGD's operations in its order, on the
+    CPU in one pass over memory with the same bits, on CUDA its fused kernel."""
+    plain = not isinstance(sgd.lr, Tensor) and all(t.is_contiguous() for t in (parameters, velocity, g))
+    if plain and not UNUSABLE["cpp"] and parameters.device.type == "cpu" and parameters.dtype.itemsize >= 4:
+        torch.ops.forde_fast.descend_(parameters, velocity, g, sgd.lr, sgd.momentum, sgd.weight_decay, sgd.nesterov)
+        return
     if parameters.is_cuda and parameters.dtype == torch.float32 and sgd.momentum:
         rate = sgd.lr.float() if isinstance(sgd.lr, Tensor) else sgd.lr
         torch._fused_sgd_(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from forde_fast import graph, second_order, validation
+from forde_fast import graph, memory, second_order, validation
 from forde_fast.choice import choose
 from forde_fast.ensemble import Ensemble, evaluation_mode, split_row
 from forde_fast.methods import Method, check_lengthscale, resolve
@@ -76,6 +76,9 @@ class Trainer:
                       that "auto" may give other last bits on another day. After the first step `strategy` is what is
                       used, `strategy_report` says why
     members_at_a_time, precision   of `Strategy`: less memory; "tf32" or "bf16" products
+    memory_budget     bytes that a step may take for its tensors (what libraries take for themselves comes on top)
+                      beyond the parameters, the velocity and what else there is before it: the first batch tells how
+                      many members at a time that allows. The first step raises ValueError if it allows none
     channels_last     images in that memory layout. None: on CUDA in tf32 or bf16, where every member's attribute
                       `channels_last` says that it works so, as this package's networks do
     cuda_graph        on CUDA, record each kind of step once and launch it as a whole from then on, with the same
@@ -102,7 +105,8 @@ class Trainer:
                  loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy, seed: int = 0,
                  accelerate: bool = True, strategy: str = "loop", members_at_a_time: int | None = None,
                  precision: str = "full", repulsion_every: int = 1, repulsion_samples: int | None = None,
-                 channels_last: bool | None = None, cuda_graph: bool | None = None, mesh: Alone = ALONE):  # fmt: skip
+                 channels_last: bool | None = None, cuda_graph: bool | None = None, mesh: Alone = ALONE,
+                 memory_budget: int | None = None):  # fmt: skip
         expect(isinstance(ensemble, Ensemble), "ensemble", "an Ensemble", type(ensemble).__name__, TypeError)
         for name, value in (
             ("repulsion_weight", repulsion_weight),
@@ -125,8 +129,12 @@ class Trainer:
         validation.whole(repulsion_every, "repulsion_every")
         if repulsion_samples is not None:
             validation.whole(repulsion_samples, "repulsion_samples")
+        if memory_budget is not None:
+            validation.whole(memory_budget, "memory_budget")
+            expect(members_at_a_time is None, "memory_budget", "None beside members_at_a_time", memory_budget)
+            expect(mesh is ALONE, "memory_budget", "None with a mesh, whose ranks go in step", memory_budget)
         self.strategy, self.strategy_report = strategy, ""
-        self._channels_last, self._cuda_graph = channels_last, cuda_graph
+        self._channels_last, self._cuda_graph, self._memory_budget = channels_last, cuda_graph, memory_budget
         self._recorder = None
         self._strategy = Strategy("loop", members_at_a_time, precision)  # `strategy` goes into it at the first step
         self.ensemble, self.mesh = ensemble, mesh
@@ -187,6 +195,9 @@ class Trainer:
         choice = choose(self.strategy, strategy, self.ensemble, self.objective, x, y, self._accelerate)
         self._strategy, accelerate, self.strategy_report = choice
         self.strategy, self._accelerate = self._strategy.kind, bool(accelerate)
+        self._strategy = memory.within(self._memory_budget, self._strategy, self.ensemble, self.objective, x, y)
+        if self._memory_budget is not None:
+            self.strategy_report += f"; {self._strategy.members_at_a_time} members at a time within the memory budget"
         self._recorder = None
         if x.is_cuda if self._cuda_graph is None else self._cuda_graph:
             reason = graph.why_not(x.device, self._strategy, self.optimizer)

@@ -52,3 +52,12 @@ def capability(request):
         pytest.skip(str(error))
     yield request.param
     _C.use_cpu_capability(widest)
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """In small networks, threads only wait for each other: on a busy machine for minutes."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -12,18 +12,18 @@ import sys
 import traceback
 from pathlib import Path
 
-import test_trainer
 import torch
 import torch.distributed as dist
 import torch.fx.experimental.symbolic_shapes  # autograd's first call imports it: here once, not in every child
-from test_trainer import Published, golden, published_parameters
+import trainer_cases
+from trainer_cases import Published, golden, published_parameters
 
 import forde_fast as ff
 from forde_fast import methods
 from forde_fast.distributed import Mesh
 from forde_fast.second_order.layers import BatchNorm
 
-test_trainer.GOLDEN = dict(test_trainer.GOLDEN)  # an open file's place would be the same for all children
+trainer_cases.GOLDEN = dict(trainer_cases.GOLDEN)  # an open file's place would be the same for all children
 
 GRIDS = ((1, 1), (2, 1), (2, 2), (3, 1), (3, 3), (4, 1), (4, 2), (4, 4))  # ranks, data parts
 SOME = ((3, 1), (4, 2))  # members that do not divide; both split

@@ -18,12 +18,7 @@ IMAGES, LABELS = NORMALISE(DIGITS.train_images[:512]), DIGITS.train_labels[:512]
 SCALE = ff.PCA.fit(IMAGES)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def network():

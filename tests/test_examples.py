@@ -6,19 +6,13 @@ import types
 from pathlib import Path
 
 import pytest
-import torch
 
 from forde_fast import cli
 
 FOLDER = Path(__file__).parents[1] / "examples"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def main_of(name):

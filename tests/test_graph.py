@@ -6,8 +6,8 @@ import warnings
 
 import pytest
 import torch
-from test_trainer import batch, net, same_state, state_of
 from torch import nn
+from trainer_cases import batch, net, same_state, state_of
 
 import forde_fast as ff
 from forde_fast import graph

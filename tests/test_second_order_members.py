@@ -1,4 +1,4 @@
-"""The C++ passes of convolutions and normalisations, of one member and of several in one call, and what torch.func.vmap
+"""The C++ passes of convolutions and normalisations, of one member and of several in one call, and what torch.vmap
 makes of them, against PyTorch's own layers one after another."""
 
 import copy
@@ -138,10 +138,6 @@ def test_normalisations_of_several_members(shape, capability):
         assert_same([t.view(members, *shape) for t in found[1]], wanted)
 
 
-def grey():
-    return models.cnn(4, 3, 8)
-
-
 def plain_layout():
     return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(288, 4))
 
@@ -156,7 +152,16 @@ def depthwise():
     return model
 
 
-@pytest.mark.parametrize("make", [grey, plain_layout, depthwise, lambda: models.resnet18(8, 4), lambda: models.mlp(4, (3, 6, 6))])  # fmt: skip
+NETS = {
+    "cnn": lambda: models.cnn(4, 3, 8),
+    "plain layout": plain_layout,
+    "depthwise": depthwise,
+    "resnet18": lambda: models.resnet18(8, 4),
+    "mlp": lambda: models.mlp(4, (3, 6, 6)),
+}
+
+
+@pytest.mark.parametrize("make", NETS.values(), ids=NETS)
 @pytest.mark.parametrize("training", [True, False])
 def test_stacked_members_with_fast_layers(make, training):
     """Gradients, losses and running statistics of PyTorch's layers, one member after another."""
@@ -168,10 +173,10 @@ def test_stacked_members_with_fast_layers(make, training):
                 module.running_mean.normal_()
                 module.running_var.uniform_(0.5, 2)
     x, y = torch.randn(5, 3, 6, 6, dtype=F64), torch.randint(4, (5,))
-    found = []
+    found, objective = [], Objective(ff.Method(InputGradients()))
     for strategy in (LOOP, Strategy("stacked"), Strategy("stacked", members_at_a_time=2)):
         buffers = init(ensemble).buffers
-        g, log = gradient(ensemble, ensemble.flat, buffers, x, y, Objective(ff.Method(InputGradients())), True, strategy)
+        g, log = gradient(ensemble, ensemble.flat, buffers, x, y, objective, True, strategy)
         found.append([g, torch.stack(log), *(b for own in buffers for b in own.values())])
         ff.accelerate(ensemble)  # all but the first are with fast layers
     for other in found[1:]:

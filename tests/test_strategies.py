@@ -4,8 +4,8 @@ import copy
 
 import pytest
 import torch
-from test_trainer import assert_members_have, batch, by_autograd, golden, net, published_trainer, relative
 from torch import nn
+from trainer_cases import assert_members_have, batch, by_autograd, golden, net, published_trainer, relative
 
 import forde_fast as ff
 from forde_fast import choice

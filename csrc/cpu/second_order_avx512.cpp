@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "convolution.h"
+#include "descent.h"
 #include "second_order.h"
 
 #if defined(__x86_64__)
@@ -13,6 +14,15 @@
 #else
 #pragma GCC target("avx512f,avx512vl,avx512dq,avx512bw,fma,prefer-vector-width=512")
 #endif
+
+namespace forde_fast {
+namespace {
+#include "descent_kernels.h"
+}  // namespace
+
+void avx512_descent(const Descent& d, bool wide) { descend(d, wide); }
+
+}  // namespace forde_fast
 
 namespace forde_fast::second_order {
 namespace {

@@ -4,7 +4,17 @@
 #include <vector>
 
 #include "convolution.h"
+#include "descent.h"
 #include "second_order.h"
+
+namespace forde_fast {
+namespace {
+#include "descent_kernels.h"
+}  // namespace
+
+void portable_descent(const Descent& d, bool wide) { descend(d, wide); }
+
+}  // namespace forde_fast
 
 namespace forde_fast::second_order {
 namespace {

@@ -29,14 +29,14 @@ class Lean(Function):
 
 
 def fold(t: Tensor, dim: int | None, at: int, members: int) -> Tensor:
-    """Members' tensors, stacked along `dim` (None: one for all), as one with the members folded into dimension `at`."""
+    """Members' tensors, stacked along `dim` (None: one for all), as one, the members folded into dimension `at`."""
     t = t.unsqueeze(at).expand(*t.shape[:at], members, *t.shape[at:]) if dim is None else t.movedim(dim, at)
     return t.flatten(at, at + 1)
 
 
 def stackable(images: tuple[int, ...], count: int | None = None) -> Callable:
-    """Decorates a Function whose forward is its `compute`. Under torch.func.vmap, on the CPU, the members' batches are
-    one batch and their channels one row of channels; on another device `compute` is plain PyTorch's there.
+    """Decorates a Function whose forward is its `compute`. Under torch.func.vmap, on the CPU, the members' batches
+    are one batch and their channels one row of channels; on another device `compute` is plain PyTorch's there.
 
     images  which arguments are [N, C, ...], the last of them x; the other tensors' last dimension are the channels
     count   which argument is the number of members
@@ -273,16 +273,19 @@ class Convolution(Lean):
     def vmap(info, in_dims, which, *arguments):
         *tensors, how = arguments
         members = info.batch_size
-        folded = [None if t is None else fold(t, dim, 0, members) for t, dim in zip(tensors, in_dims[1:], strict=False)]
+        folded = [
+            None if t is None else fold(t, dim, 0, members) for t, dim in zip(tensors, in_dims[1:], strict=False)
+        ]
         how = how._replace(members=members * how.members)
         if _suits(*folded[1:3], how):
             return Convolution.apply(which, *folded, how).unflatten(0, (members, -1)), 0
         return torch.vmap(functools.partial(_aten, which), in_dims[1:])(*arguments), 0
 
 
-# Numbers in a group's weight up to which the own kernels are used. 2 threads, AVX2, ms of output, input and weight, own
-# against oneDNN: 64 to 64 channels, [32, 64, 32, 32]: 18, 18, 26 against 16, 19, 34; 128 to 128, [128, 128, 4, 4]: 5.4,
-# 5.5, 10.0 against 4.5, 4.8, 8.5; 1 to 16, [128, 1, 28, 28]: 0.8, 3.8, 3.2 against 7.7, 3.9, 3.7.
+# Numbers in a group's weight up to which the own kernels are used. 2 threads, AVX2, ms of output, input and weight,
+# own against oneDNN: 64 to 64 channels, [32, 64, 32, 32]: 18, 18, 26 against 16, 19, 34; 128 to 128,
+# [128, 128, 4, 4]: 5.4, 5.5, 10.0 against 4.5, 4.8, 8.5; 1 to 16, [128, 1, 28, 28]: 0.8, 3.8, 1.2 against 7.7, 3.9,
+# 3.7.
 MOST = 1 << 17
 
 

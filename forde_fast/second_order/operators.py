@@ -1,9 +1,9 @@
-"""The registered operations of a batch normalisation and, on the CPU, of a convolution: schemas, and shapes for tracing.
-C++ registers for CPU tensors, the Triton kernels for CUDA tensors; `reference` has the functions of the normalisation in
+"""The registered operations of a batch normalisation and, on the CPU, of a convolution: schemas, and shapes for
+tracing. C++ registers for CPU tensors, the Triton kernels for CUDA tensors; `reference` has the normalisation's in
 plain PyTorch, with the formulas.
 
-members  the batch is that of so many members, one after another (on the CPU). Each is normalised by itself: vectors have
-         members x C numbers, and statistics and sums so many columns. Of a convolution's weight each has its own outputs
+members  the batch is that of so many members, one after another (on the CPU). Each is normalised by itself: vectors
+         have members x C numbers, statistics and sums so many columns. A convolution's weight has each one's outputs
 """
 
 import torch
@@ -51,7 +51,9 @@ def _(x, eps, members=1):
 
 torch.library.register_fake("forde_fast::norm_forward", lambda x, *rest: torch.empty_like(x))
 torch.library.register_fake("forde_fast::norm_backward_sums", lambda g, x, z, statistics, *rest: _sums(statistics, 2))
-torch.library.register_fake("forde_fast::norm_double_sums", lambda u, g, x, z, statistics, *rest: _sums(statistics, 3))
+torch.library.register_fake(
+    "forde_fast::norm_double_sums", lambda u, g, x, z, statistics, *rest: _sums(statistics, 3)
+)
 
 
 @torch.library.register_fake("forde_fast::norm_backward")
