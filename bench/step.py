@@ -2,7 +2,7 @@
 of exact FoRDE, which is 2 x the faster of our own and the plain deep-ensemble step.
 
     python bench/step.py [--device cuda] [--rounds 9] [--cases mlp,cnn-digits] [--providers plain-de,de,forde]
-                         [--precision bf16] [--parts] [--out FOLDER]
+                         [--precision bf16] [--parts] [--collect FILE] [--out FOLDER]
 
 Providers take turns in one process. `lazy` is the mean over four steps with repulsion_every=4; `compiled-de` is the
 plain deep-ensemble step through torch.compile (a plain FoRDE step cannot be compiled: it differentiates twice);
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import json
 import math
 import sys
 import time
@@ -38,6 +39,9 @@ CASES = {  # model, width, members, batch, input
     "cnn": ("cnn", 16, 5, 128, (1, 28, 28)),
     "cnn-10": ("cnn", 16, 10, 128, (1, 28, 28)),
     "cnn-digits": ("cnn", 16, 10, 128, (1, 8, 8)),
+    **{f"mlp-{m}": ("mlp", 128, m, 128, (1, 28, 28)) for m in (1, 4)},
+    **{f"cnn-{m}": ("cnn", 16, m, 128, (1, 28, 28)) for m in (1, 4)},
+    **{f"cnn-digits-{m}": ("cnn", 16, m, 128, (1, 8, 8)) for m in (1, 4)},
     "resnet18-16": ("resnet18", 16, 2, 128, (3, 32, 32)),
     "resnet18-64": ("resnet18", 64, 2, 32, (3, 32, 32)),
     "resnet18-64-10": ("resnet18", 64, 10, 128, (3, 32, 32)),
@@ -71,7 +75,7 @@ def steps(build, members, x, y, names, precision):
 
     def plain():
         modules = [m.train() for m in ff.Ensemble(build, members).to(x.device).members]
-        return modules, torch.optim.SGD([p for m in modules for p in m.parameters()], 0.01, 0.9, nesterov=True)
+        return modules, torch.optim.SGD([p for m in modules for p in m.parameters()], 0.01, 0.9, 0, 5e-4, True)
 
     def autocast(call):
         def run():
@@ -182,6 +186,16 @@ def parts(trainer, x, y, rounds: int) -> dict[str, float]:
     return {name: round(ms, 3) for name, ms in found.items()}
 
 
+def collected(path, key: str, times: dict[str, list[float]]) -> dict[str, list[float]]:
+    """The seconds of earlier runs and of this one, which are kept in a JSON file."""
+    earlier = json.loads(path.read_text()) if path.exists() else {}
+    own = earlier.setdefault(key, {name: [] for name in times})
+    for name, seconds_of in times.items():
+        own[name] += seconds_of
+    path.write_text(json.dumps(earlier))
+    return own
+
+
 def measure(case: str, names, given) -> list[dict]:
     model, width, members, batch, shape = CASES[case]
     x, y = torch.randn(batch, *shape, device=given.device), torch.randint(10, (batch,), device=given.device)
@@ -189,6 +203,8 @@ def measure(case: str, names, given) -> list[dict]:
     calls, trainers = steps(lambda: models.make(model, 10, shape, width), members, x, y, names, given.precision)
     flop = forward_flop(models.make(model, 10, shape, width).to(given.device), x)
     times = interleaved(calls, given.rounds, given.device)
+    if given.collect:
+        times = collected(given.collect, f"{case}, {given.device}, {given.precision}: {', '.join(names)}", times)
     for name in LAZY:
         times[name] = [t / 4 for t in times.get(name, [])]
     times = {name: own for name, own in times.items() if own}
@@ -198,7 +214,8 @@ def measure(case: str, names, given) -> list[dict]:
     for name in times:
         low, ms, high = (round(1e3 * t, 3) for t in quantiles(times[name]))
         row = {"provider": name, "model": model, "width": width, "M": members, "B": batch, "D": x[0].numel(),
-               "precision": given.precision, "ms_20": low, "ms": ms, "ms_80": high}  # fmt: skip
+               "precision": given.precision, "rounds": len(times[name]),
+               "ms_20": low, "ms": ms, "ms_80": high}  # fmt: skip
         if name in GRAPHS and given.device == "cuda":  # memory that stays the graphs'
             row["peak_mb"] = math.nan
         else:
@@ -245,6 +262,7 @@ def arguments():
     parser.add_argument("--cases", help=f"of {', '.join(CASES)}")
     parser.add_argument("--providers", help=f"default: {','.join(PROVIDERS)}, on a GPU {GRAPHS} too; also {OPTIONAL}")
     parser.add_argument("--precision", default=None, help="full, tf32 or bf16; default: bf16 on CUDA, else full")
+    parser.add_argument("--collect", type=Path, metavar="FILE", help="go on with the rounds of earlier runs in it")
     parser.add_argument("--parts", action="store_true", help="the breakdown of a step")
     parser.add_argument("--out", type=Path, default=RESULTS, help="the folder of the CSV file")
     given = parser.parse_args()

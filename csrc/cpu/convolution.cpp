@@ -298,7 +298,7 @@ void check(const Tensor& images, const Tensor& other, int64_t channels, int64_t 
               "expected four dimensions and one type, got ", images.scalar_type(), " ", images.sizes(), " and ",
               other.scalar_type(), " ", other.sizes());
   TORCH_CHECK(parts.members > 0 && parts.groups > 0 && images.size(0) % parts.members == 0 && outputs % parts.count() == 0 &&
-                  channels % parts.groups == 0,
+                  channels > 0 && channels % parts.groups == 0,
               "members, groups: expected divisors of ", images.size(0), " samples, ", channels, " channels and ", outputs,
               " outputs, got ", parts.members, ", ", parts.groups);
 }
