@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from forde_fast.ensemble import Ensemble
 from forde_fast.files import write
-from forde_fast.validation import expect
+from forde_fast.validation import expect, reason_of
 
 KEPT = 2  # checkpoints: should the last one be damaged, there is one before it
 DIGITS = 16  # of the SHA-256 in a checkpoint's name
@@ -47,7 +47,7 @@ def load_ensemble(path: str | Path, ensemble: Ensemble) -> None:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
-        raise ValueError(f"path: expected a checkpoint in safetensors, got {path} ({error})") from None
+        raise ValueError(f"path: expected a checkpoint in safetensors, got {path} ({reason_of(error)})") from None
     try:
         ensemble.check_state(tensors)
     except ValueError as error:
@@ -252,7 +252,20 @@ def pack(state: dict) -> bytes:
 
 
 def unpack(content: bytes) -> dict:
-    """What `pack` was given; keys that were numbers, and tuples, come back as texts and lists."""
+    """What `pack` was given; keys that were numbers, and tuples, come back as texts and lists.
+
+    Raises ValueError for anything else.
+    """
+    try:
+        state = _unpacked(content)
+        expect(isinstance(state, dict), "state", "a dict", type(state).__name__)
+        return state
+    except (SafetensorError, LookupError, TypeError, AttributeError, RecursionError, ValueError) as error:
+        reason = reason_of(error)
+        raise ValueError(f"state: expected what a training keeps, in safetensors, got another ({reason})") from None
+
+
+def _unpacked(content: bytes):
     tensors, size = load(content), int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + size])
 

@@ -116,8 +116,11 @@ def read(path: str | Path) -> dict:
     expect(Path(path).is_file(), "config", "a TOML file", path, FileNotFoundError)
     try:
         settings = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"config: expected TOML, got {path} ({error})") from None
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # a number of too many digits, or brackets in brackets, among others
+        raise ValueError(f"config: expected TOML, got {path} ({' '.join(str(error).split())})") from None
     for name, value in settings.items():
         validation.one_of(name, f"config {path}", FIELDS)
         if kind_of(name) is float and type(value) is int:

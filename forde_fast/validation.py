@@ -14,6 +14,12 @@ def expect(holds: bool, name: str, expected: str, got, error: type[Exception] = 
         raise error(f"{name}: expected {expected}, got {got}")
 
 
+def reason_of(error: Exception, most: int = 200) -> str:
+    """What an error says, in one line of characters that can be shown: it may quote a file of any content."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return "".join(c if c.isprintable() else "?" for c in text[:most])
+
+
 def one_of(value: str, name: str, valid) -> str:
     """`value`, if it is one of the names in `valid`; the message lists them."""
     expect(isinstance(value, str) and value in valid, name, "one of " + ", ".join(valid), repr(value))

@@ -1,21 +1,26 @@
-"""python kill_runs.py FOLDER N: kill N small runs with SIGKILL, each at a random moment, and resume them.
+"""python kill_runs.py FOLDER N [RANKS]: kill N small runs with SIGKILL, each at a random moment, and resume them.
 
-Prints, as JSON, how many were killed and the step from which each went on (-1: from the beginning). Fails if one
-does not end with the same bytes as a run that was left alone.
+With RANKS, a run is as many processes as torchrun would start, with its environment; one of them or all are killed,
+and the others have to end by themselves. Prints, as JSON, how many were killed and the step from which each went on
+(-1: from the beginning). Fails if one does not end with the same bytes as a run that was left alone.
 """
 
 import json
 import os
 import random
+import shutil
 import signal
+import socket
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.fx.experimental.symbolic_shapes  # autograd's first call imports it: here once, not in every child
 
-from forde_fast import run
+from forde_fast import distributed, run
 from forde_fast.checkpoint import Checkpoints
 from forde_fast.config import TrainConfig
 
@@ -26,47 +31,75 @@ run.Run.evaluate = lambda self: {}
 DATA = run.load("digits")
 run.load = lambda *arguments: DATA
 SETTINGS = {"data": "digits", "members": 2, "epochs": 4, "width": 8, "train_size": 256, "batch_size": 32}
+PATIENCE = 60  # seconds that the other ranks have to end
 
 
-def start(folder: Path, resume: bool) -> int:
-    """A child that trains; its process id."""
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            run.Run(TrainConfig(**SETTINGS, checkpoint_every=3, out=str(folder))).train(resume)
-            status = 0
-        finally:
-            os._exit(status)
-    return child
+def start(folder: Path, resume: bool, ranks: int) -> list[int]:
+    """Children that train; their process ids."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children = []
+    for rank in range(ranks):
+        child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                if ranks > 1:
+                    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+                    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+                run.Run(TrainConfig(**SETTINGS, checkpoint_every=3, out=str(folder))).train(resume)
+                status = 0
+                if ranks > 1:
+                    dist.destroy_process_group()
+            except RuntimeError as error:
+                if not distributed.lost(error):
+                    traceback.print_exc()
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(status)
+        children.append(child)
+    return children
 
 
-def finished(child: int) -> bool:
-    return os.waitpid(child, 0)[1] == 0
+def finished(children: list[int]) -> bool:
+    """Whether all ended well; an error if they do not end."""
+    ended, late = [], time.monotonic() + PATIENCE
+    for child in children:
+        while not (found := os.waitpid(child, os.WNOHANG))[0]:
+            time.sleep(0.005)
+            if time.monotonic() > late:
+                for other in children:
+                    os.kill(other, signal.SIGKILL)
+                sys.exit("a process went on without the one that was killed")
+        ended.append(found[1] == 0)
+    return all(ended)
 
 
-def main(folder: Path, count: int) -> None:
+def main(folder: Path, count: int, ranks: int = 1) -> None:
     begun = time.monotonic()
-    assert finished(start(folder / "whole", False))
+    assert finished(start(folder / "whole", False, ranks))
     lasts = time.monotonic() - begun
     wanted = [(folder / "whole" / name).read_bytes() for name in ("checkpoint.safetensors", "log.jsonl")]
     moments, killed, steps = random.Random(time.time_ns()), 0, []
     while killed < count:
         one = folder / str(killed)
-        child = start(one, False)
+        children = start(one, False, ranks)
         time.sleep(moments.uniform(0, lasts))
-        os.kill(child, signal.SIGKILL)
-        if finished(child):  # it was faster than the first one
-            for path in sorted(one.iterdir(), reverse=True):
-                path.unlink()
+        for child in children if moments.random() < 0.5 else [moments.choice(children)]:
+            os.kill(child, signal.SIGKILL)
+        if finished(children):  # they were faster than the first ones
+            shutil.rmtree(one)
             continue
         killed += 1
         steps.append(max(Checkpoints(one / "checkpoints").steps(), default=-1))
-        assert finished(start(one, True)), one
+        assert finished(start(one, True, ranks)), one
         for name, content in zip(("checkpoint.safetensors", "log.jsonl"), wanted, strict=True):
             assert (one / name).read_bytes() == content, f"{one / name} after a kill at {steps[-1]}"
+        assert not list(folder.glob("**/*.damaged"))
     print(json.dumps([killed, steps]))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    main(Path(sys.argv[1]), *map(int, sys.argv[2:]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import math
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from forde_fast.data.download import cache
 from forde_fast.data.download import download as fetch
 from forde_fast.data.own import Parts, load_arrays, load_csv, load_folder
 from forde_fast.data.published import TINY_MEAN, TINY_STD, load_svhn, load_tiny_imagenet
-from forde_fast.validation import expect
+from forde_fast.validation import expect, reason_of
 
 DATASETS = (
     "fashion-mini", "digits", "fashion-mnist", "cifar10", "cifar100", "tiny-imagenet", "svhn",
@@ -37,6 +38,7 @@ FASHION_MD5 = {
 }
 
 DIGITS_TEST = 500
+MOST_BYTES = 1 << 30  # of one file, unpacked: Fashion-MNIST's largest has 47 MB
 
 
 @dataclass(frozen=True, eq=False)
@@ -202,21 +204,23 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
     big-endian uint32, the data. Raises ValueError, naming the file, if anything is different, missing or left
     over.
     """
-    content = path.read_bytes()
-    if content[:2] == b"\x1f\x8b":
-        try:
-            content = gzip.decompress(content)
-        except (EOFError, OSError, zlib.error) as error:
-            raise ValueError(f"{path}: expected a whole gzip file; got a damaged one ({error})") from error
-    magic = bytes((0, 0, 8, dimensions))
-    if content[:4] != magic:
-        raise ValueError(f"{path}: expected an idx file that begins with {magic.hex()}; got {content[:4].hex()}")
     start = 4 + 4 * dimensions
-    shape = tuple(int.from_bytes(content[place : place + 4], "big") for place in range(4, start, 4))
-    expected = start + int(np.prod(shape, dtype=object))
-    if len(content) != expected:
-        raise ValueError(f"{path}: expected {expected} bytes for shape {list(shape)}; got {len(content)}")
-    return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
+    try:
+        with path.open("rb") as plain:
+            packed = plain.read(2) == b"\x1f\x8b"
+        with (gzip.open if packed else open)(path, "rb") as file:
+            head = file.read(start)
+            magic = bytes((0, 0, 8, dimensions))
+            expect(head[:4] == magic, str(path), f"an idx file that begins with {magic.hex()}", head[:4].hex())
+            shape = tuple(int.from_bytes(head[place : place + 4], "big") for place in range(4, start, 4))
+            size = math.prod(shape)
+            expect(size <= MOST_BYTES, str(path), f"at most {MOST_BYTES} bytes", f"shape {list(shape)}")
+            content = file.read(size + 1)  # no more than announced: a small gzip file may unpack to any size
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path}: expected a whole gzip file, got a damaged one ({reason_of(error)})") from None
+    got = "more" if len(content) > size else len(head) + len(content)
+    expect(got == start + size, str(path), f"{start + size} bytes for shape {list(shape)}", got)
+    return np.frombuffer(content, np.uint8).reshape(shape)
 
 
 @dataclass(frozen=True)

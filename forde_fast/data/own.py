@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import csv
 import warnings
-import zipfile
 import zlib
 from pathlib import Path
 
 import numpy as np
 
 from forde_fast.data.cifar import load_npy
-from forde_fast.validation import expect
+from forde_fast.validation import expect, reason_of
 
 TEST_SHARE = 0.2  # held out where the data have no test part of their own
 INPUTS = ("images", "features", "x")
@@ -121,8 +120,8 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
             if isinstance(stored, np.ndarray):
                 raise ValueError("one array")
             return {name: stored[name] for name in stored.files}
-    except (ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error, AttributeError, TypeError) as error:
-        reason = " ".join(str(error).split())
+    except Exception as error:  # a damaged archive raises whatever its headers stumble over
+        reason = reason_of(error)
         raise ValueError(f"{path}: expected a whole .npz file of numbers, got another ({reason})") from None
 
 
@@ -155,7 +154,9 @@ def load_csv(path: Path) -> Parts:
         try:
             head, *rows = [row for row in csv.reader(file) if row]
         except (ValueError, csv.Error) as error:
-            raise ValueError(f"{path}: expected a line of names and rows of numbers, got {error}") from None
+            raise ValueError(
+                f"{path}: expected a line of names and rows of numbers, got {reason_of(error)}"
+            ) from None
     expect(len(rows) > 0 and len(head) >= 2, str(path), "rows of features and a label", f"{len(rows)} rows")
     at = head.index("label") if "label" in head else len(head) - 1
     features = np.empty((len(rows), len(head) - 1))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from forde_fast import validation
 from forde_fast.files import write
-from forde_fast.validation import expect
+from forde_fast.validation import expect, reason_of
 
 
 class Lengthscale:
@@ -30,7 +30,9 @@ class Lengthscale:
                 kind = (file.metadata() or {}).get("forde_fast.lengthscale")
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except SafetensorError as error:
-            raise ValueError(f"path: expected a lengthscale in safetensors, got {path} ({error})") from None
+            raise ValueError(
+                f"path: expected a lengthscale in safetensors, got {path} ({reason_of(error)})"
+            ) from None
         wanted = {k.__name__: k for k in Lengthscale.__subclasses__() if issubclass(k, cls)}
         expect(kind in wanted, "path", f"a file holding {' or '.join(wanted)}", f"{path}: {kind}")
         return wanted[kind](**tensors)
