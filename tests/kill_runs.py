@@ -23,6 +23,7 @@ import torch.fx.experimental.symbolic_shapes  # autograd's first call imports it
 from forde_fast import distributed, run
 from forde_fast.checkpoint import Checkpoints
 from forde_fast.config import TrainConfig
+from forde_fast.signals import Interrupted
 
 torch.set_num_threads(1)
 run.CORRUPTIONS = ()
@@ -34,8 +35,8 @@ SETTINGS = {"data": "digits", "members": 2, "epochs": 4, "width": 8, "train_size
 PATIENCE = 60  # seconds that the other ranks have to end
 
 
-def start(folder: Path, resume: bool, ranks: int) -> list[int]:
-    """Children that train; their process ids."""
+def start(folder: Path, resume: bool, ranks: int, prepare=lambda rank: None) -> list[int]:
+    """Children that train, each after `prepare`; their process ids. They end as the command line would."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -48,10 +49,15 @@ def start(folder: Path, resume: bool, ranks: int) -> list[int]:
                 if ranks > 1:
                     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
                     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+                prepare(rank)
                 run.Run(TrainConfig(**SETTINGS, checkpoint_every=3, out=str(folder))).train(resume)
                 status = 0
                 if ranks > 1:
                     dist.destroy_process_group()
+            except Interrupted as stop:
+                status = 128 + stop.number
+            except OSError as error:
+                print(error, file=sys.stderr)
             except RuntimeError as error:
                 if not distributed.lost(error):
                     traceback.print_exc()
@@ -63,8 +69,8 @@ def start(folder: Path, resume: bool, ranks: int) -> list[int]:
     return children
 
 
-def finished(children: list[int]) -> bool:
-    """Whether all ended well; an error if they do not end."""
+def statuses(children: list[int]) -> list[int]:
+    """Of all, negative for signals; an error if they do not end."""
     ended, late = [], time.monotonic() + PATIENCE
     for child in children:
         while not (found := os.waitpid(child, os.WNOHANG))[0]:
@@ -73,8 +79,12 @@ def finished(children: list[int]) -> bool:
                 for other in children:
                     os.kill(other, signal.SIGKILL)
                 sys.exit("a process went on without the one that was killed")
-        ended.append(found[1] == 0)
-    return all(ended)
+        ended.append(os.waitstatus_to_exitcode(found[1]))
+    return ended
+
+
+def finished(children: list[int]) -> bool:
+    return not any(statuses(children))
 
 
 def main(folder: Path, count: int, ranks: int = 1) -> None:

@@ -19,7 +19,7 @@ import trainer_cases
 from trainer_cases import Published, golden, published_parameters
 
 import forde_fast as ff
-from forde_fast import methods
+from forde_fast import methods, scaling
 from forde_fast.distributed import Mesh
 from forde_fast.second_order.layers import BatchNorm
 
@@ -87,7 +87,52 @@ def trajectory(name: str, parts: int) -> dict[str, float]:
     }
 
 
+class Counted:
+    """Bytes that are handed to torch.distributed within `with Counted(mesh) as sent`, by what they are for."""
+
+    def __init__(self, mesh):
+        self.mesh, self.bytes = mesh, dict.fromkeys(("exchange", "gradients", "norms", "logarithm", "log"), 0)
+
+    def __enter__(self):
+        self.own = dist.all_reduce, dist.all_to_all_single
+        dist.all_reduce, dist.all_to_all_single = self.all_reduce, self.all_to_all
+        return self.bytes
+
+    def __exit__(self, *exception):
+        dist.all_reduce, dist.all_to_all_single = self.own
+
+    def all_reduce(self, tensor, *rest, group=None, async_op=False, **options):
+        if group is None:
+            kind = "logarithm" if tensor.ndim == 3 else "log"
+        else:
+            assert group is self.mesh.data_group
+            kind = "gradients" if async_op else "norms"
+        self.bytes[kind] += tensor.nbytes
+        return self.own[0](tensor, *rest, group=group, async_op=async_op, **options)
+
+    def all_to_all(self, out, rows, out_splits, splits, group, **options):
+        assert group is self.mesh.member_group
+        kept = splits[self.mesh.row] * rows[:1].nbytes if len(rows) else 0
+        self.bytes["exchange"] += rows.nbytes - kept
+        return self.own[1](out, rows, out_splits, splits, group, **options)
+
+
+def bytes_of_a_step(name: str, parts: int) -> dict[str, float]:
+    """How far the model's bytes are from those counted, over all ranks; and those of rank 0."""
+    mesh = Mesh(MEMBERS, parts)
+    trainer, _ = train(name, mesh)
+    x, y = golden("images")[4], golden("labels")[4]
+    with Counted(mesh) as counted:
+        trainer.step(x, y)
+    sent = trainer.objective.lengthscale.rank if name == "low rank" else x[0].numel()
+    step = scaling.Step(MEMBERS, len(x), sent, trainer.ensemble.flat.shape[1], channels=8 + 12, norms=2, itemsize=8)
+    model = scaling.payloads(step, mesh.rows, mesh.parts, mesh.rank)
+    off = torch.tensor([abs(counted[kind] - model[kind]) for kind in model], dtype=torch.float64)
+    return {"off": float(mesh.total(off).sum()), **counted}
+
+
 CASES = {f"trajectory of {name}": functools.partial(trajectory, name) for name in METHODS}
+CASES |= {f"bytes of {name}": functools.partial(bytes_of_a_step, name) for name in ("identity", "low rank")}
 
 
 def grids_of(name: str):

@@ -12,15 +12,24 @@ import pytest
 from forde_fast.distributed.parts import best_parts, cut
 
 
+def printed(name: str, *arguments):
+    """What a script beside this one prints: its processes start by fork, after the imports, and share no threads
+    with pytest."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, Path(__file__).with_name(name), *map(str, arguments)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    """What `mesh_cases.py` printed; one start of its processes for all tests."""
-    script, folder = Path(__file__).with_name("mesh_cases.py"), tmp_path_factory.mktemp("mesh")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, script, folder]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return printed("mesh_cases.py", tmp_path_factory.mktemp("mesh"))
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    return printed("rank_runs.py", tmp_path_factory.mktemp("runs"))
 
 
 @pytest.mark.parametrize(("ranks", "parts"), mesh_cases.GRIDS)
@@ -40,6 +49,15 @@ def test_every_method_steps_as_in_one_process(found, name, ranks, parts):
     assert off["log"] < 1e-8
 
 
+@pytest.mark.parametrize(("ranks", "parts"), mesh_cases.SOME)
+@pytest.mark.parametrize("name", ["identity", "low rank"])
+def test_a_step_sends_the_bytes_that_the_model_says(found, name, ranks, parts):
+    sent = found[f"bytes of {name}: {ranks} ranks, {parts} parts"]
+    assert sent["exchange"] > 0
+    assert (sent["gradients"] > 0) == (sent["norms"] > 0) == (parts > 1)
+    assert sent["off"] == 0
+
+
 def test_shares_cover_all_and_differ_by_one():
     for size, parts in ((10, 4), (3, 3), (7, 2), (2, 5), (0, 2)):
         shares = cut(size, parts)
@@ -56,3 +74,28 @@ def test_shares_cover_all_and_differ_by_one():
 def test_the_busiest_rank_is_left_the_least(members, ranks, samples, parts):
     """Of 10 members on 8 ranks: 8 rows leave a rank 2 members, 2 rows and 4 parts 5 / 4 of one."""
     assert best_parts(members, ranks, samples) == parts
+
+
+# ---------------------------------------------------------------- runs
+
+
+def test_a_signal_to_one_rank_stops_all_at_the_same_step(runs):
+    assert runs["stopped"] == [143, 143]
+    assert runs["kept"] == 10  # it came in step 9; all ranks know of it a step later
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_a_checkpoint_is_read_by_any_number_of_ranks(runs, ranks):
+    assert runs[f"off as {ranks}"] < 1e-6  # in float32
+    assert runs["same bytes"]  # by as many as wrote it
+
+
+def test_a_full_disk_of_one_rank_stops_all_and_loses_nothing(runs):
+    assert runs["full"] == [1, 1]
+    assert runs["kept before"] == 9
+    assert runs["off after"] == 0
+
+
+def test_runs_of_two_ranks_that_are_killed_end_as_one_that_was_not(tmp_path):
+    killed, _ = printed("kill_runs.py", tmp_path, 4, 2)
+    assert killed == 4
