@@ -1,7 +1,7 @@
 """python kill_runs.py FOLDER N [RANKS]: kill N small runs with SIGKILL, each at a random moment, and resume them.
 
 With RANKS, a run is as many processes as torchrun would start, with its environment; one of them or all are killed,
-and the others have to end by themselves. Prints, as JSON, how many were killed and the step from which each went on
+and the others are asked to end. Prints, as JSON, how many were killed and the step from which each went on
 (-1: from the beginning). Fails if one does not end with the same bytes as a run that was left alone.
 """
 
@@ -32,7 +32,7 @@ run.Run.evaluate = lambda self: {}
 DATA = run.load("digits")
 run.load = lambda *arguments: DATA
 SETTINGS = {"data": "digits", "members": 2, "epochs": 4, "width": 8, "train_size": 256, "batch_size": 32}
-PATIENCE = 60  # seconds that the other ranks have to end
+PATIENCE = 30  # seconds that ranks have to end after SIGTERM, as torchrun gives them
 
 
 def start(folder: Path, resume: bool, ranks: int, prepare=lambda rank: None) -> list[int]:
@@ -69,16 +69,14 @@ def start(folder: Path, resume: bool, ranks: int, prepare=lambda rank: None) -> 
     return children
 
 
-def statuses(children: list[int]) -> list[int]:
-    """Of all, negative for signals; an error if they do not end."""
-    ended, late = [], time.monotonic() + PATIENCE
+def statuses(children: list[int], patience: float = float("inf")) -> list[int]:
+    """Of all, negative for signals; what has not ended by then is killed."""
+    ended, late = [], time.monotonic() + patience
     for child in children:
         while not (found := os.waitpid(child, os.WNOHANG))[0]:
             time.sleep(0.005)
             if time.monotonic() > late:
-                for other in children:
-                    os.kill(other, signal.SIGKILL)
-                sys.exit("a process went on without the one that was killed")
+                os.kill(child, signal.SIGKILL)
         ended.append(os.waitstatus_to_exitcode(found[1]))
     return ended
 
@@ -97,9 +95,12 @@ def main(folder: Path, count: int, ranks: int = 1) -> None:
         one = folder / str(killed)
         children = start(one, False, ranks)
         time.sleep(moments.uniform(0, lasts))
-        for child in children if moments.random() < 0.5 else [moments.choice(children)]:
+        first = children if moments.random() < 0.5 else [moments.choice(children)]
+        for child in first:
             os.kill(child, signal.SIGKILL)
-        if finished(children):  # they were faster than the first ones
+        for child in set(children) - set(first):  # as torchrun does when one has ended
+            os.kill(child, signal.SIGTERM)
+        if not any(statuses(children, PATIENCE)):  # they were faster than the first ones
             shutil.rmtree(one)
             continue
         killed += 1

@@ -107,10 +107,10 @@ def test_missing_file_says_what_to_do(folder):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "begins with 00000803; got $"),
-        (b"GIF89a", "begins with 00000803; got 47494638"),
-        (idx(np.zeros(3)), "begins with 00000803; got 00000801"),  # labels where images belong
-        (b"\0\0\x0d\x03" + bytes(12), "begins with 00000803; got 00000d03"),  # floats
+        (b"", "begins with 00000803, got $"),
+        (b"GIF89a", "begins with 00000803, got 47494638"),
+        (idx(np.zeros(3)), "begins with 00000803, got 00000801"),  # labels where images belong
+        (b"\0\0\x0d\x03" + bytes(12), "begins with 00000803, got 00000d03"),  # floats
         (idx(np.zeros((2, 4, 4)))[:10], "got 10$"),  # cut within the header
         (idx(np.zeros((2, 4, 4)))[:-1], r"expected 48 bytes for shape \[2, 4, 4\], got 47"),
         (idx(np.zeros((2, 4, 4))) + b"\0", "expected 48 bytes .* got more"),
