@@ -332,6 +332,8 @@ def _train_run(options, run, again: str) -> dict:
         _stop(options, f"{error}; go on with: {again}")
     except ValueError as error:  # numbers that are no longer finite
         _stop(options, f"{error}; see: forde-fast doctor {run.folder}")
+    except MemoryError as error:
+        _stop(options, f"out of memory: {error}; {again} takes another --members-at-a-time")
     except RuntimeError as error:
         if not distributed.lost(error):
             raise

@@ -44,6 +44,7 @@ class TrainConfig:
     score: str = "logit"  # whose input gradient is compared
     backend: str = "auto"
     strategy: str = "loop"  # how the members are computed; auto takes the fastest, with other last bits each time
+    members_at_a_time: int | None = None  # whose graphs are alive at once: less memory, up to half more time
     precision: str = "full"  # of the networks' passes; tf32 or bf16
     repulsion_every: int = 1  # steps; with as many times its weight
     epochs: int = 20
@@ -80,6 +81,7 @@ class TrainConfig:
             "checkpoint_every",
             "repulsion_every",
             "data_parts",
+            "members_at_a_time",
         ):
             value = getattr(self, name)
             expect(value is None or (isinstance(value, int) and value >= 1), name, "a whole number >= 1", value)
@@ -100,7 +102,7 @@ class TrainConfig:
 # What does not change what a run computes, and may be another when it is resumed.
 MOVABLE = (
     "data_dir", "corrupted_dir", "ood", "ood_dir", "download", "checkpoint_every", "tensorboard", "data_parts",
-    "device", "out",
+    "members_at_a_time", "device", "out",
 )  # fmt: skip
 
 FIELDS = {field.name: field for field in dataclasses.fields(TrainConfig)}

@@ -6,6 +6,7 @@ its last two states in checkpoints/.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from forde_fast import config as configuration
-from forde_fast import distributed, models, plots
+from forde_fast import distributed, guards, models, plots
 from forde_fast.checkpoint import Checkpoints, load_ensemble, save_ensemble
 from forde_fast.config import TrainConfig
 from forde_fast.data import (
@@ -38,6 +39,7 @@ from forde_fast.methods import SHARED, make
 from forde_fast.scoring import flat, score_run
 from forde_fast.signals import Interrupted, StopSignals
 from forde_fast.step import ALONE
+from forde_fast.strategies import LOOP, Graphs
 from forde_fast.trainer import Log, Trainer
 from forde_fast.validation import expect
 from forde_fast.watching import JSONLines, Progress, TensorBoard, append_line, check_tensorboard, keep_lines
@@ -186,6 +188,7 @@ class Run:
             repulsion_weight=config.repulsion_weight,
             backend=config.backend,
             strategy=config.strategy,
+            members_at_a_time=config.members_at_a_time,
             precision=config.precision,
             repulsion_every=config.repulsion_every,
             lr=config.lr,
@@ -215,6 +218,7 @@ class Run:
             def keep() -> None:
                 nonlocal kept
                 kept = time.perf_counter()
+                guards.check_state(self.ensemble, trainer.steps, self._own.start)
                 if first:
                     lines.flush()
                 state = {**trainer.state_dict(), "seconds": before + time.perf_counter() - start}
@@ -253,11 +257,29 @@ class Run:
                 whole = trainer.position.batch == 0  # else the epoch's line, if there is one, comes again
                 keep_lines(self.folder / "epochs.jsonl", trainer.steps - (not whole))
             stop.waits = True
-            trainer.fit(loader, self.config.epochs, on_step=on_step, on_epoch=on_epoch)
+            try:
+                trainer.fit(loader, self.config.epochs, on_step=on_step, on_epoch=on_epoch)
+            except Exception as error:
+                if not guards.is_memory(error):
+                    raise
+                error.__traceback__ = None  # it holds the graphs
+                raise guards.OutOfMemory(self._what_fits(trainer, loader)) from None
             self.checkpoints.finish()
             self.mesh.wait()
             stop.waits = False
         return time.perf_counter() - start
+
+    def _what_fits(self, trainer: Trainer, loader: Loader) -> str:
+        x, y = loader.images[: loader.batch_size], loader.labels[: loader.batch_size]
+        one, space = Ensemble.from_modules([copy.deepcopy(self.ensemble.member(0))]), trainer.objective.method.space
+
+        def graph(samples: int) -> Graphs:
+            rows = torch.arange(samples, device=x.device) % len(x)
+            graphs = Graphs(one, one.flat, None, x[rows], y[rows], trainer.objective.loss, LOOP, space)
+            (graphs.plain if space is None else graphs.forward)()
+            return graphs
+
+        return guards.what_fits(graph, trainer.members, loader.batch_size, self.device)
 
     def evaluate(self) -> dict:
         """The metrics, as `scoring.score_run` has them."""

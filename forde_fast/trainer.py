@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from forde_fast import graph, memory, second_order, validation
+from forde_fast import graph, guards, memory, second_order, validation
 from forde_fast.choice import choose
 from forde_fast.ensemble import Ensemble, evaluation_mode, split_row
 from forde_fast.methods import Method, check_lengthscale, resolve
@@ -34,7 +34,7 @@ from forde_fast.step import (
     update,
 )
 from forde_fast.strategies import KINDS, Strategy, random_state, set_random_state
-from forde_fast.validation import expect
+from forde_fast.validation import expect, reason_of
 
 __all__ = ["MEASURED", "RATIO_EVERY", "SGD", "Log", "Objective", "State", "Trainer", "gradient", "init",
            "published_schedule", "update"]  # fmt: skip
@@ -209,13 +209,29 @@ class Trainer:
     def _update(self, x: Tensor, y: Tensor, rate: float | Tensor, objective: Objective, measured: bool) -> Log:
         """What a step does on the device, without waiting for it."""
         flat = self.ensemble.flat
-        g, log = gradient(self.ensemble, flat, None, x, y, objective, measured, self._strategy, self.mesh)
+        given = self.ensemble, flat, None, x, y, objective, measured, self._strategy, self.mesh
+        if flat.is_cuda:  # to look would be to wait: the run looks now and then
+            g, log = gradient(*given)
+        else:
+            g, log = self._guarded(given, x, y)
         with torch.no_grad():
             if self.optimizer is None:
                 descend_(flat, self.velocity, g, replace(self.sgd, lr=self.sgd.lr * rate))
             else:
                 self._step_with_optimizer(g, rate)
         return log
+
+    def _guarded(self, given, x: Tensor, y: Tensor) -> tuple[Tensor, Log]:
+        """The step's gradient and log, or a ValueError with the step, member and layer where numbers are not finite.
+        The parameters are then as they were."""
+        first, own = self.mesh.own.start or 0, self.mesh.part(len(x))
+        try:
+            g, log = gradient(*given)
+        except ValueError as error:
+            loss = self.objective.loss
+            raise guards.located(self.ensemble, x[own], y[own], loss, error, self.steps, first) from None
+        guards.check_step(self.ensemble, g, log, self.steps, first)
+        return g, log
 
     def _launch(self, x: Tensor, y: Tensor, rate: float, objective: Objective, measured: bool) -> Log:
         """`_update`, as a CUDA graph where it is recorded."""
@@ -274,7 +290,7 @@ class Trainer:
                 for _ in itertools.islice(batches, self.position.batch):
                     pass
                 set_random_state(random, device)
-            for x, y in batches:
+            for x, y in _read(batches, epoch, self.position.batch):
                 log = self.step(x.to(device), y.to(device), rate)
                 self._log_sum += torch.stack(log)
                 self.position = Position(epoch, self.position.batch + 1, loader_epoch)
@@ -372,3 +388,17 @@ class Trainer:
         if indexed or (self.objective.loss is F.cross_entropy and not soft):
             validation.labels_in_range(y, self._classes, "y")
             expect(y.dtype == torch.int64, "y", "dtype torch.int64", y.dtype, TypeError)
+
+
+def _read(batches: Iterator, epoch: int, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches, and where they stop coming, one error that says where."""
+    while True:
+        try:
+            x, y = next(batches)
+        except StopIteration:
+            return
+        except Exception as error:
+            where, reason = f"epoch {epoch}, batch {batch}", f"{type(error).__name__}: {reason_of(error)}"
+            raise RuntimeError(f"loader: expected a batch (x, y) in {where}, got {reason}") from error
+        yield x, y
+        batch += 1
