@@ -251,7 +251,7 @@ class Run:
                     board.on_epoch(epoch, mean)
                 if first:
                     append_line(self.folder / "epochs.jsonl", numbers)
-                go_on(time.perf_counter() - kept >= self.rest)
+                go_on(self.mesh is not ALONE or time.perf_counter() - kept >= self.rest)  # all ranks, or none
 
             if first:
                 whole = trainer.position.batch == 0  # else the epoch's line, if there is one, comes again
