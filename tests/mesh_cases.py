@@ -48,7 +48,7 @@ METHODS = {
     "log-probability": (3, {"method": ff.Method(ff.InputGradients("log_probability"), normalize=False)}),
     "some samples": (3, {"repulsion_samples": 5, "repulsion_every": 2, "repulsion_weight": 3.0}),
     "adam": (3, {"optimizer": lambda parameters: torch.optim.Adam(parameters, lr=1e-3)}),
-} | {name: (3, {"method": name}) for name in methods.METHODS if name != "forde"}
+} | {name: (2, {"method": name}) for name in methods.METHODS if name != "forde"}
 
 
 def train(name: str, mesh=None):
