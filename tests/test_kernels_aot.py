@@ -35,7 +35,8 @@ REGISTERS = {
     "_coefficients_kernel": 128,
     "_coordinates_kernel": 128,
     "_project_kernel": 64,
-    "_combine_kernel": 128,  # four warps, four programs
+    "_gradient_kernel": 255,
+    "_combine_kernel": 168,  # four warps, four programs
     "_combine_blocks_kernel": 128,
 }
 
