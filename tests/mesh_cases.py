@@ -40,14 +40,14 @@ STEPS = 10
 # name -> steps, options of the trainer
 METHODS = {
     "published": (STEPS, {"lengthscale": ff.PCA(golden("eigenvectors"), golden("eigenvalues"))}),
-    "identity": (3, {}),
-    "low rank": (3, {"lengthscale": low_rank()}),
-    "low rank and tail": (3, {"lengthscale": low_rank(0.3)}),
-    "one bandwidth": (3, {"method": ff.Method(ff.InputGradients(), bandwidth=ff.Median(over="batch"))}),
-    "first's bandwidth": (3, {"method": ff.Method(ff.InputGradients(), bandwidth=ff.Median(owner="first"))}),
-    "log-probability": (3, {"method": ff.Method(ff.InputGradients("log_probability"), normalize=False)}),
+    "identity": (2, {}),
+    "low rank": (2, {"lengthscale": low_rank()}),
+    "low rank and tail": (2, {"lengthscale": low_rank(0.3)}),
+    "one bandwidth": (2, {"method": ff.Method(ff.InputGradients(), bandwidth=ff.Median(over="batch"))}),
+    "first's bandwidth": (2, {"method": ff.Method(ff.InputGradients(), bandwidth=ff.Median(owner="first"))}),
+    "log-probability": (2, {"method": ff.Method(ff.InputGradients("log_probability"), normalize=False)}),
     "some samples": (3, {"repulsion_samples": 5, "repulsion_every": 2, "repulsion_weight": 3.0}),
-    "adam": (3, {"optimizer": lambda parameters: torch.optim.Adam(parameters, lr=1e-3)}),
+    "adam": (2, {"optimizer": lambda parameters: torch.optim.Adam(parameters, lr=1e-3)}),
 } | {name: (2, {"method": name}) for name in methods.METHODS if name != "forde"}
 
 

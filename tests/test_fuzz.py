@@ -12,6 +12,7 @@ import sys
 import tarfile
 import tempfile
 import time
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -153,6 +154,47 @@ def fuzz(name: str, **options) -> None:
 @pytest.mark.parametrize("name", READERS)
 def test_damaged_files_are_borne(name):
     fuzz(name, max_examples=60, derandomize=True)
+
+
+FOUND = [
+    ("npy", b"\x93NUMPY\x01\x00v\x00" + b"[" * 300),  # NumPy's own parser stumbled
+    ("pickle", b"\x80\x02cnumpy._core.multiarray\n\x02}q\x00\n."),  # the message quoted it as it is
+    ("toml", b"lr = " + b"[" * 3000),
+    ("toml", b"seed = " + b"9" * 5000),
+    ("toml", b"[" * 3000),
+    ("state", b"\xff" * 7 + b"\x7f" + b"{}"),
+    ("state", checkpoint.pack({"steps": 1}).replace(b"steps", b"\\u000a")),
+]
+
+
+@pytest.mark.parametrize(("name", "content"), FOUND)
+def test_what_was_found_stays_borne(name, content):
+    bears(READERS[name][0], content)
+
+
+def test_a_small_file_that_unpacks_to_a_large_one_is_not_unpacked():
+    path = stored(gzip.compress(IDX + bytes(50 << 20)), "bomb-idx")
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=r"bomb-idx: expected 27 bytes for shape \[3, 5\], got more$"):
+        read_idx(path, 2)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 2 << 20
+
+
+class Evil:
+    def __reduce__(self):
+        return Path.write_text, (FOLDER / "ran", "code")
+
+
+def test_checkpoints_that_are_pickles_are_refused_and_not_run():
+    torch.save({"weight": Evil()}, FOLDER / "evil.safetensors")
+    with pytest.raises(ValueError, match=r"^path: expected a checkpoint in safetensors, got "):
+        ff.load_ensemble(FOLDER / "evil.safetensors", ENSEMBLE)
+    content = (FOLDER / "evil.safetensors").read_bytes()
+    with pytest.raises(ValueError, match=r"^state: expected what a training keeps, in safetensors"):
+        checkpoint.unpack(content)
+    assert not (FOLDER / "ran").exists()
 
 
 def main(minutes: float, *names: str) -> int:
