@@ -175,7 +175,7 @@ def parts(trainer, x, y, rounds: int) -> dict[str, float]:
         at = clock()
         _, particles = graphs.forward()
         at = lap("particles_ms", at)
-        result, cotangents, dead = core._repel(particles, objective)
+        particles, result, cotangents, dead = core._repel(particles, objective, len(x))
         core._diagnose(particles, result, dead, objective.method)
         at = lap("repulsion_ms", at)
         g, _ = graphs.pull_back(cotangents.__getitem__)
