@@ -21,6 +21,8 @@ BACKENDS = tuple(operators.UNUSABLE)
 # samples meet the worst of the product's rounding: differences that lie across the few heaviest directions.
 EXACT_COLUMNS = 256
 
+DEFAULT = Median()
+
 FUSED_MEMBERS = 16  # the most that the CUDA C++ kernel takes
 
 
@@ -129,14 +131,12 @@ def repulsion(
         projection = None
         # the fused rule counts on the self-distances: without their exp(0) all of a row may underflow
         if others is None and _is_default(bandwidth):
-            value, c, h, projection = implementation.median_rule(d, state.alignment, Median().log_count(d))
+            value, c, h, projection = implementation.median_rule(d, state.alignment, DEFAULT.log_count(d))
             _check_finite(particles, others, value)
         else:
             _check_finite(particles, others, d.sum())
             value, c, h = kernel_rule(d, bandwidth)
-        wide = operators.accumulation_dtype(particles.dtype)
-        gradient = _combine(state, c, projection)
-        result = Repulsion(value.to(wide), gradient, h.to(wide), d.to(wide))
+        result = _narrowed((value, _combine(state, c, projection), h, d), particles.dtype)
     if torch.is_grad_enabled() and particles.requires_grad:
         value = torch.ops.forde_fast.attach_gradient(particles, result.value, result.gradient)
         result = result._replace(value=value)
@@ -213,42 +213,45 @@ def _combine(state, c: Tensor, projection: Tensor | None = None) -> Tensor:
 
 @torch.no_grad()
 def _fused(name, operations, particles, lengthscale, normalize, eps, precision):
-    dtype, wide = particles.dtype, operators.accumulation_dtype(particles.dtype)
-    particles, product = particles.detach(), None
-    log_count = Median().log_count(particles[None])
+    dtype, product, particles = particles.dtype, None, particles.detach()
+    log_count = DEFAULT.log_count(particles[None])
     weighed = len(particles) > 1 and not _is_identity(lengthscale)
     if weighed or name != "cpp":  # which widens what it reads by itself, but no contrasts
         particles = particles.to(_computed(particles))
     if weighed:
         factors = _factors(lengthscale, particles) if name == "cpp" else None
         if factors is not None:
-            results = operations.fused_by_factor(particles, *factors, normalize, eps, log_count)
-            return Repulsion(*(x.to(kind) for x, kind in zip(results, (wide, dtype, wide, wide), strict=True)))
+            return _narrowed(operations.fused_by_factor(particles, *factors, normalize, eps, log_count), dtype)
         product = _product(lengthscale, operations.contrasts(particles, None, normalize, eps), precision)
-    value, gradient, h, d = operations.fused(particles, product, normalize, eps, log_count)
+    return _narrowed(operations.fused(particles, product, normalize, eps, log_count), dtype)
+
+
+def _narrowed(results, dtype: torch.dtype) -> Repulsion:
+    """value, gradient, bandwidth, distances in the dtypes of a result for particles of this dtype."""
+    value, gradient, h, d = results
+    wide = operators.accumulation_dtype(dtype)
+    if gradient.dtype == dtype and value.dtype == wide:
+        return Repulsion(value, gradient, h, d)
     return Repulsion(value.to(wide), gradient.to(dtype), h.to(wide), d.to(wide))
 
 
 @torch.no_grad()
 def _at_once(operations, particles, lengthscale, normalize, eps, precision):
-    dtype, wide = particles.dtype, operators.accumulation_dtype(particles.dtype)
-    particles = particles.detach().to(_computed(particles))
-    acc, log_count = operators.accumulation_dtype(particles.dtype), Median().log_count(particles[None])
+    dtype, particles = particles.dtype, particles.detach().to(_computed(particles))
+    acc, log_count = operators.accumulation_dtype(particles.dtype), DEFAULT.log_count(particles[None])
     factors = _factors(lengthscale, particles)
     rounded = normalize and precision == "tf32" and acc == torch.float32 and _rounds(particles.device)
     half = lengthscale.in_half(particles.device) if rounded and isinstance(lengthscale, PCA) else None
     if factors is not None:
         first = half or (factors[0], 1.0)
-        value, gradient, h, d = operations.at_once_low_rank(
-            particles, factors[0], *first, factors[1], eps, log_count, precision
-        )
+        results = operations.at_once_low_rank(particles, factors[0], *first, factors[1], eps, log_count, precision)
     else:
         product = None
         if half is None and not _is_identity(lengthscale):
             product = _product(lengthscale, operations.contrasts(particles, None, normalize, eps), precision)
         matrix = half or (None, 1.0)
-        value, gradient, h, d = operations.at_once(particles, product, *matrix, normalize, eps, log_count)
-    return Repulsion(value.to(wide), gradient.to(dtype), h.to(wide), d.to(wide))
+        results = operations.at_once(particles, product, *matrix, normalize, eps, log_count)
+    return _narrowed(results, dtype)
 
 
 def _rounds(device: torch.device) -> bool:
@@ -289,8 +292,9 @@ def _choose(backend: str, particles, others, lengthscale, eps, precision):
         return backend, reference
     interpreted = backend == "triton" and particles.is_cpu and operators.TRITON_INTERPRETS
     fits = interpreted or particles.device.type == ("cpu" if backend == "cpp" else "cuda")
-    where = f"the particles are on {particles.device}"
-    expect(fits, "backend", f"one for these particles, not {backend!r}", where, RuntimeError)
+    if not fits:
+        where = f"the particles are on {particles.device}"
+        expect(False, "backend", f"one for these particles, not {backend!r}", where, RuntimeError)
     if interpreted:  # the same kernels, run by Triton's interpreter on CPU tensors
         from forde_fast.kernels import operations
 
@@ -318,7 +322,7 @@ def _product(lengthscale, contrasts, precision):
 
 
 def _is_default(bandwidth) -> bool:
-    return isinstance(bandwidth, str | Median) and bandwidth in ("median", Median())
+    return isinstance(bandwidth, str | Median) and bandwidth in ("median", DEFAULT)
 
 
 def _is_identity(lengthscale) -> bool:
