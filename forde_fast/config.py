@@ -127,7 +127,7 @@ def read(path: str | Path) -> dict:
         validation.one_of(name, f"config {path}", FIELDS)
         if kind_of(name) is float and type(value) is int:
             settings[name] = value = float(value)
-        expect(type(value) is kind_of(name), name, f"{kind_of(name).__name__} in {path}", repr(value))
+        expect(type(value) is kind_of(name), name, f"{kind_of(name).__name__} in {path}", repr(value)[:80])
     return settings
 
 

@@ -22,7 +22,7 @@ def reason_of(error: Exception, most: int = 200) -> str:
 
 def one_of(value: str, name: str, valid) -> str:
     """`value`, if it is one of the names in `valid`; the message lists them."""
-    expect(isinstance(value, str) and value in valid, name, "one of " + ", ".join(valid), repr(value))
+    expect(isinstance(value, str) and value in valid, name, "one of " + ", ".join(valid), repr(value)[:80])
     return value
 
 

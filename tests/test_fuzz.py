@@ -162,6 +162,9 @@ FOUND = [
     ("toml", b"lr = " + b"[" * 3000),
     ("toml", b"seed = " + b"9" * 5000),
     ("toml", b"[" * 3000),
+    ("csv", b"a,b,label\n" + b"[" * 3000 + b",2,0\n1,2,0\n"),  # quoted in full
+    ("csv", b"a,b,label\n1,2,999999999\n1,2,0\n"),  # as many classes were made
+    ("npz", npz(x=np.ones((2, 2)), y=np.array([0, 1 << 40]))),
     ("state", b"\xff" * 7 + b"\x7f" + b"{}"),
     ("state", checkpoint.pack({"steps": 1}).replace(b"steps", b"\\u000a")),
 ]

@@ -350,7 +350,7 @@ def test_a_csv_of_numbers_with_named_classes(tmp_path):
     assert torch.equal(x[:, 0] % 2, y.float())
     assert torch.equal(x[:, 1], x[:, 0] / 2)
     path.write_text(path.read_text().replace("label", "colour"))
-    with pytest.raises(ValueError, match=r"t\.csv, row 1: expected a number as colour, got 'a'"):
+    with pytest.raises(ValueError, match=r"t\.csv, row 1: expected a number as 'colour', got 'a'"):
         load("table", path)  # then the last column is the label
 
 
@@ -400,9 +400,9 @@ def test_damaged_and_foreign_arrays_are_named(tmp_path):
     [
         ("", "expected a line of names"),
         ("a,label\n", "expected rows of features and a label"),
-        ("a,label\n1,0\nnan,1\n", "row 2: expected a finite a, got nan"),
+        ("a,label\n1,0\nnan,1\n", "row 2: expected a finite 'a', got 'nan'"),
         ("a,label\n1,0\n2\n", "row 2: expected 2 values, got 1"),
-        ("a,label\nx,0\n", "row 1: expected a number as a, got 'x'"),
+        ("a,label\nx,0\n", "row 1: expected a number as 'a', got 'x'"),
         ("a,label\n1,0\n1,0\n1,2\n1,2\n", "expected samples of every class, got none of class 1"),
         ("\xff\xfe\x00", "row|names"),
     ],

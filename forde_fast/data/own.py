@@ -110,7 +110,7 @@ def load_arrays(path: Path, table: bool) -> Parts:
         (name, x), (label_name, y) = found[part + "inputs"], found[part + "labels"]
         parts += [_features(x, f"{path}: {name}") if table else _pixels(x, f"{path}: {name}")]
         parts += [_whole(y, len(x), f"{path}: {label_name}")]
-    classes = tuple(str(i) for i in range(int(parts[1].max()) + 1))
+    classes = _numbered(int(parts[1].max()), len(parts[1]), str(path))
     return _parts(*parts, *([] if both else [None, None]), classes)
 
 
@@ -166,13 +166,20 @@ def load_csv(path: Path) -> Parts:
             try:
                 features[i, j] = float(text)
             except ValueError:
-                raise ValueError(f"{path}, row {i + 1}: expected a number as {column}, got {text!r}") from None
-            expect(np.isfinite(features[i, j]), f"{path}, row {i + 1}", f"a finite {column}", text)
+                got = f"expected a number as {column!r:.42}, got {text!r:.42}"
+                raise ValueError(f"{path}, row {i + 1}: {got}") from None
+            expect(np.isfinite(features[i, j]), f"{path}, row {i + 1}", f"a finite {column!r:.42}", f"{text!r:.42}")
     texts = [row[at].strip() for row in rows]
-    numeric = all(text.isdecimal() for text in texts)
-    classes = tuple(map(str, range(max(map(int, texts)) + 1))) if numeric else tuple(sorted(set(texts)))
+    numeric = all(text.isdecimal() and len(text) < 10 for text in texts)
+    classes = _numbered(max(map(int, texts)), len(rows), str(path)) if numeric else tuple(sorted(set(texts)))
     labels = np.array([int(text) if numeric else classes.index(text) for text in texts], np.int64)
     return _parts(features.astype(np.float32), labels, None, None, classes)
+
+
+def _numbered(largest: int, samples: int, name: str) -> tuple[str, ...]:
+    """The names of classes 0 to `largest`, each of which has a sample to train on."""
+    expect(largest < samples, name, f"labels below {samples}, the number of samples", largest)
+    return tuple(map(str, range(largest + 1)))
 
 
 def _parts(x, y, test_x, test_y, classes) -> Parts:
@@ -180,7 +187,7 @@ def _parts(x, y, test_x, test_y, classes) -> Parts:
     where there is none; every class has samples to train on."""
     counts = np.bincount(y, minlength=len(classes))
     missing = [name for name, count in zip(classes, counts, strict=True) if count == 0]
-    expect(not missing, "labels", "samples of every class", f"none of class {', '.join(missing)}")
+    expect(not missing, "labels", "samples of every class", f"none of class {', '.join(missing)[:80]}")
     if test_x is None:
         expect(int(counts.min()) >= 2, "labels", "2 samples or more of every class", int(counts.min()))
         rest, held = stratified(y, TEST_SHARE)
