@@ -13,7 +13,7 @@ STYLES = ("-", "--", ":", "-.")  # after ten colours the same ones come again, b
 
 def curves(panels: Mapping[str, Mapping[str, tuple]], path: str | Path, xlabel: str, xticks: Sequence | None = None):
     """Lines: {title: {label: (x, y) or (x, y, half height of its error bars)}}, one legend for all panels."""
-    figure, grid = _figure(len(panels), 3.8, 3.0, len({label for lines in panels.values() for label in lines}))
+    figure, grid = grid_of(len(panels), 3.8, 3.0, len({label for lines in panels.values() for label in lines}))
     handles, order = {}, list(dict.fromkeys(label for lines in panels.values() for label in lines))
     for axes, (title, lines) in zip(grid, panels.items(), strict=False):
         for label, (x, y, *error) in lines.items():
@@ -36,7 +36,7 @@ def curves(panels: Mapping[str, Mapping[str, tuple]], path: str | Path, xlabel: 
 def bars(panels: Mapping[str, Mapping[str, tuple]], path: str | Path):
     """Horizontal bars: {title: {label: (value, half width of its error bar, none if not finite)}}."""
     most = max(map(len, panels.values()))
-    figure, grid = _figure(len(panels), 4.2, 0.9 + 0.28 * most, 0)
+    figure, grid = grid_of(len(panels), 4.2, 0.9 + 0.28 * most, 0)
     for axes, (title, own) in zip(grid, panels.items(), strict=False):
         labels, place = list(own), np.arange(len(own))
         values, errors = (np.array([pair[i] for pair in own.values()], dtype=float) for i in (0, 1))
@@ -56,7 +56,7 @@ def _finite(errors: np.ndarray) -> np.ndarray:
 
 def reliability(bins: Mapping[str, tuple], path: str | Path):
     """{label: (confidence [bins], accuracy [bins], share of samples [bins])}, a panel each; empty bins are NaN."""
-    figure, grid = _figure(len(bins), 2.9, 3.0, 0)
+    figure, grid = grid_of(len(bins), 2.9, 3.0, 0)
     for axes, (label, (confidence, accuracy, share)) in zip(grid, bins.items(), strict=False):
         axes.plot([0, 1], [0, 1], color="grey", linewidth=0.8)
         width = 1 / len(confidence)
@@ -83,10 +83,10 @@ def maps(rows: Mapping[str, Sequence[np.ndarray]], titles: Sequence[str], path: 
         line[0].set_ylabel(name, fontsize=9, rotation=0, ha="right", va="center")
     for axes, title in zip(grid[0], titles, strict=True):
         axes.set_title(title, fontsize=9)
-    _save(figure, path)
+    save(figure, path)
 
 
-def _figure(panels: int, width: float, height: float, labels: int):
+def grid_of(panels: int, width: float, height: float, labels: int):
     from matplotlib.figure import Figure
 
     columns = 2 if panels == 4 else min(COLUMNS, panels)
@@ -107,9 +107,9 @@ def _finish(figure, handles: Mapping, path: str | Path) -> None:
     if handles:
         figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=min(4, len(handles)),
                       fontsize=9)  # fmt: skip
-    _save(figure, path)
+    save(figure, path)
 
 
-def _save(figure, path: str | Path) -> None:
+def save(figure, path: str | Path) -> None:
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, format="png", dpi=110)

@@ -126,7 +126,7 @@ def regression(lab: Lab) -> str:
 
 
 def _draw_functions(grid: np.ndarray, panels: dict[str, np.ndarray], x: np.ndarray, y: np.ndarray, path) -> None:
-    figure, axes = figures._figure(len(panels), 3.6, 2.8, 0)
+    figure, axes = figures.grid_of(len(panels), 3.6, 2.8, 0)
     for own, (name, functions) in zip(axes, panels.items(), strict=False):
         mean, spread = functions.mean(0), functions.std(0)
         own.plot(grid, functions.T, color="#9db8d2", linewidth=0.6)
@@ -135,7 +135,7 @@ def _draw_functions(grid: np.ndarray, panels: dict[str, np.ndarray], x: np.ndarr
         own.plot(x, y, ".", color="black", markersize=4)
         own.set(ylim=(-3.5, 3.5), xlabel="x")
         own.set_title(name, fontsize=10)
-    figures._save(figure, path)
+    figures.save(figure, path)
 
 
 CLASSIFICATION = {
@@ -168,7 +168,7 @@ def classification(lab: Lab) -> str:
         )
         rows.append([name, *(f"{cell:.3f}" for cell in cells)])
         lab.say(name)
-    figure, axes = figures._figure(len(panels), 3.2, 2.9, 0)
+    figure, axes = figures.grid_of(len(panels), 3.2, 2.9, 0)
     for own, (name, entropy) in zip(axes, panels.items(), strict=False):
         shade = own.pcolormesh(
             side.numpy(), side.numpy(), entropy, vmin=0, vmax=np.log(2), cmap="Blues", rasterized=True
@@ -176,6 +176,6 @@ def classification(lab: Lab) -> str:
         own.scatter(*points.T, c=labels, s=6, cmap="coolwarm")
         own.set_title(name, fontsize=10)
     figure.colorbar(shade, ax=list(axes[: len(panels)]), label="entropy, nats", shrink=0.8)
-    figures._save(figure, lab.out / "classification.png")
+    figures.save(figure, lab.out / "classification.png")
     head = ["method", "accuracy", "entropy at the data", "far away", "epistemic, far away"]
     return f"{markdown_table(head, rows)}\n\n![entropy](classification.png)"
