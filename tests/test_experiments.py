@@ -82,6 +82,13 @@ def test_methods_of_a_lab_start_from_the_same_members(tmp_path):
     assert torch.equal(rows[0], rows[2])
 
 
+def test_memory_of_a_step_is_largest_where_input_gradients_are(tmp_path):
+    own = Lab(replace(TINY, width=32), tmp_path)
+    found = sweeps.steps(own, rounds=1)
+    assert found["de"][1] == 1
+    assert found["forde-pca"][2] > 1.2 * found["de"][2] > 0
+
+
 # ---------------------------------------------------------------- class-activation maps
 
 

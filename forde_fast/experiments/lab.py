@@ -82,28 +82,41 @@ class Lab:
     def method(self, name: str, alpha: float = 0.4) -> Method:
         return methods.make(name, self.x, alpha, data=self.setting.data)
 
-    def train(self, method: str | Method, seed: int = 0, weight: float | None = None, members: int | None = None,
-              title: str = "") -> Trained:  # fmt: skip
-        """method  a name, or a Method, of which `title` says what it is
-        weight   repulsion_weight; None: the setting's
+    def trainer(self, method: str | Method, seed: int = 0, weight: float | None = None, members: int | None = None,
+                strategy: str | None = None) -> Trainer:  # fmt: skip
+        """method   a name or a Method
+        weight   repulsion_weight; None: the setting's, or 1 for names that are not FoRDE's
         """
-        setting, title = self.setting, title or str(method)
-        own = self.method(method) if isinstance(method, str) else method
+        setting, named = self.setting, isinstance(method, str)
         if weight is None:
-            weight = 1.0 if isinstance(method, str) and not method.startswith("forde") else setting.repulsion_weight
+            weight = 1.0 if named and not method.startswith("forde") else setting.repulsion_weight
         ensemble = Ensemble(
             lambda: models.make(setting.model, self.classes, self.shape, setting.width),
-            members or setting.members, seed, methods.SHARED.get(method, ()) if isinstance(method, str) else (),
-        ).to(self.device)  # fmt: skip
-        trainer = Trainer(ensemble, own, repulsion_weight=weight, lr=setting.lr, weight_decay=setting.weight_decay,
-                          strategy=setting.strategy, seed=seed)  # fmt: skip
+            members or setting.members,
+            seed,
+            methods.SHARED.get(method, ()) if named else (),
+        ).to(self.device)
+        return Trainer(
+            ensemble,
+            self.method(method) if named else method,
+            repulsion_weight=weight,
+            lr=setting.lr,
+            weight_decay=setting.weight_decay,
+            strategy=strategy or setting.strategy,
+            seed=seed,
+        )
+
+    def train(self, method: str | Method, seed: int = 0, weight: float | None = None, members: int | None = None,
+              title: str = "") -> Trained:  # fmt: skip
+        """As `trainer`; `title` says what a Method is."""
+        setting, trainer = self.setting, self.trainer(method, seed, weight, members)
         loader = Loader(self.x, self.y, setting.batch_size, augment=setting.augment, seed=seed)
         logs, begun = [], time.perf_counter()
         trainer.fit(loader, setting.epochs, on_step=lambda epoch, log: logs.append(torch.stack(log)))
         log = torch.stack(logs).cpu().numpy()
         seconds = time.perf_counter() - begun
-        self.say(f"{title}, seed {seed}: {seconds:.1f} s")
-        return Trained(ensemble, dict(zip(Log._fields, log.T, strict=True)), seconds)
+        self.say(f"{title or method}, seed {seed}: {seconds:.1f} s")
+        return Trained(trainer.ensemble, dict(zip(Log._fields, log.T, strict=True)), seconds)
 
     def predict(self, ensemble: Ensemble, images: Tensor) -> Tensor:
         """uint8 images -> the members' probabilities [M, N, K]."""

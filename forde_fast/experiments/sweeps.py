@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import resource
 import statistics
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from forde_fast.evaluation import score, score_corrupted
 from forde_fast.evaluation.corrupted import mean_scores
@@ -16,6 +16,7 @@ from forde_fast.experiments.summary import markdown_table
 from forde_fast.lengthscales import PCA, Cosine, Identity
 from forde_fast.methods import Method
 from forde_fast.spaces import InputGradients
+from forde_fast.timing import interleaved, ratio
 
 ALPHAS = (0.0, 0.1, 0.2, 0.4, 0.8, 1.0)  # the paper's
 STRENGTHS = (0.05, 0.25, 1.0, 4.0)  # of the setting's repulsion_weight
@@ -129,31 +130,54 @@ def bandwidth(lab: Lab) -> str:
 
 
 def cost(lab: Lab) -> str:
-    """Seconds of training and peak memory of each method beside its scores."""
-    rows, found = [], {}
-    for name in COMPARED:
-        runs = []
-        for seed in lab.seeds:
-            if lab.device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats(lab.device)
-            trained = lab.train(name, seed)
-            runs.append(scores(lab, trained) | {"seconds": trained.seconds, "memory": _memory(lab)})
-        found[name] = runs
-    least = statistics.fmean(run["seconds"] for run in found["de"])
-    for name, runs in found.items():
-        seconds = [run["seconds"] for run in runs]
-        memory = max(run["memory"] for run in runs)
-        cells = [shown(seconds, 2), f"{statistics.fmean(seconds) / least:.2f}", f"{memory:.0f}"]
+    """Time and memory of a step of each method beside what a training with it scores."""
+    measured, rows = steps(lab), []
+    for name, (ms, over, memory) in measured.items():
+        runs = [scores(lab, lab.train(name, seed)) for seed in lab.seeds]
+        cells = [f"{ms:.1f}", f"{over:.2f}", f"{memory:.1f}"]
         rows.append([name, *cells, *(shown([r[c] for r in runs], 3 if "NLL" in c else 1) for c in COLUMNS[:4])])
-    panels = {"seconds of training, over the deep ensemble's": {name: (float(row[2]), np.nan) for name, row in
-              zip(found, rows, strict=True)}}  # fmt: skip
-    figures.bars(panels, lab.out / "cost.png")
-    head = ["method", "seconds", "over DE", "peak MiB so far", *COLUMNS[:4]]
-    return f"{markdown_table(head, rows)}\n\n![cost](cost.png)"
+    panel = {name: (over, np.nan) for name, (_, over, _) in measured.items()}
+    figures.bars({"time of a step, over the deep ensemble's": panel}, lab.out / "cost.png")
+    head = ["method", "ms a step", "over de", "MiB", *COLUMNS[:4]]
+    note = "Times are medians of rounds in which all take turns, the ratio round by round; memory is a loop's."
+    return f"{note}\n\n{markdown_table(head, rows)}\n\n![cost](cost.png)"
 
 
-def _memory(lab: Lab) -> float:
-    """MiB: the device's peak of this training, or the whole process's peak up to now."""
+def steps(lab: Lab, rounds: int = 9) -> dict[str, tuple[float, float, float]]:
+    """{method: (ms of a step, the same over the deep ensemble's, MiB)}."""
+    x, y = lab.x[: lab.setting.batch_size], lab.y[: lab.setting.batch_size]
+    trainers = {name: lab.trainer(name) for name in COMPARED}
+    for trainer in trainers.values():
+        for _ in range(3):  # on a GPU the third step of a kind is the first recorded one
+            trainer.step(x, y)
+    calls = {name: lambda trainer=trainer: trainer.step(x, y) for name, trainer in trainers.items()}
+    times = interleaved(calls, rounds, lab.device.type)
+    return {
+        name: (1e3 * statistics.median(own), ratio(own, times["de"]), _memory(lab, name, x, y))
+        for name, own in times.items()
+    }
+
+
+def _memory(lab: Lab, name: str, x: Tensor, y: Tensor) -> float:
+    """MiB at the most in a step: all of the device's, or on a CPU what autograd's graphs keep."""
+    trainer = lab.trainer(name, strategy="loop")
     if lab.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(lab.device)
+        trainer.step(x, y)
         return torch.cuda.max_memory_allocated(lab.device) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    bytes_now = most = 0
+
+    class Kept:
+        def __init__(self, tensor: Tensor):
+            nonlocal bytes_now, most
+            self.tensor = tensor.detach()  # an output with its graph would hold itself
+            bytes_now += tensor.nbytes
+            most = max(most, bytes_now)
+
+        def __del__(self):
+            nonlocal bytes_now
+            bytes_now -= self.tensor.nbytes
+
+    with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.tensor):
+        trainer.step(x, y)
+    return most / 2**20
