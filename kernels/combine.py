@@ -60,13 +60,13 @@ def _combine_kernel(
     d = (pid % tiles).to(tl.int32) * (LANES * V) + _columns(LANES, V)
     particles += g * particles_g
     first = g * 0  # 64 bits wide
+    if RULE:  # before rows take the registers that other programs need
+        _own_coefficients(distances, alignments, exact, parts, value, coefficients, projection, g, G, M, STEPS, BLOCK)
     if HAS_PRODUCT:
         q = _with_row_0(_load_rows(product + g * product_g, product_m, first, M, d, D, M - 1, ACC), KAPPA, M - 1)
     elif UNIT != 0:
         r = _load_scalars(inverse_norm + g, G, first, M, M)
         q = _scale(_load_rows(particles, particles_m, first, M, d, D, M, ACC), r, M)
-    if RULE:  # while the rows are on their way
-        _own_coefficients(distances, alignments, exact, parts, value, coefficients, projection, g, G, M, STEPS, BLOCK)
     for i in tl.static_range(M):
         row = (first + i) * G + g
         total = tl.zeros([LANES, V], ACC)

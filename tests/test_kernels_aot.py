@@ -36,7 +36,7 @@ REGISTERS = {
     "_coordinates_kernel": 128,
     "_project_kernel": 64,
     "_gradient_kernel": 255,
-    "_combine_kernel": 168,  # four warps, four programs
+    "_combine_kernel": 128,  # four warps, four programs
     "_combine_blocks_kernel": 128,
 }
 
