@@ -32,6 +32,7 @@ from forde_fast.data import (
     open_corrupted,
     stratified,
 )
+from forde_fast.data.corruptions.weather import texture_folder
 from forde_fast.ensemble import Ensemble
 from forde_fast.evaluation import METRICS, score_members
 from forde_fast.files import write
@@ -92,6 +93,8 @@ class Run:
         if config.corrupted_dir is not None:
             expect(not self.data.table, "corrupted_dir", "none for a table of features", config.corrupted_dir)
             self.corrupted_files = open_corrupted(config.corrupted_dir, pixels, self.data.classes)
+        elif "frost" in CORRUPTIONS and not self.data.table:
+            texture_folder()  # what is missing is said before the training
         expect(not self.data.table or config.ood is None, "ood", "none for a table of features", config.ood)
         names = config.ood.split(",") if config.ood else ()
         self.unknown = {name: load_unknown(name, pixels, config.ood_dir, config.test_size) for name in names}

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+from forde_fast.config import TrainConfig
 from forde_fast.data import CORRUPTIONS, corrupt, load
 from forde_fast.data.corruptions import CIFAR_SEVERITIES, GREY_SEVERITIES
 from forde_fast.data.corruptions import CORRUPTIONS as NAMES
+from forde_fast.run import Run
 
 NOISE = ("gaussian_noise", "shot_noise", "impulse_noise", "speckle_noise")
 RANDOM = (*NOISE, "glass_blur", "motion_blur", "snow", "frost", "fog", "elastic_transform", "spatter")
@@ -160,8 +162,12 @@ def test_frost_covers_images_that_are_larger_than_its_textures():
 def test_frost_without_its_textures_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch_uncertainty_assets", None)
     monkeypatch.setitem(sys.modules, "torch_uncertainty_assets.frost", None)
-    with pytest.raises(ImportError, match="pip install torch-uncertainty-assets"):
-        corrupt(np.zeros((1, 29, 31), np.uint8), "frost", 1)
+    for work in (
+        lambda: corrupt(np.zeros((1, 29, 31), np.uint8), "frost", 1),
+        lambda: Run(TrainConfig(data="digits")),
+    ):
+        with pytest.raises(ValueError, match="pip install torch-uncertainty-assets"):
+            work()
 
 
 @pytest.mark.parametrize(

@@ -46,16 +46,21 @@ def frost(pixels: np.ndarray, weights: tuple[float, float], rng: np.random.Gener
     return (weights[0] * pixels + weights[1] * ice).clip(0, 255).astype(np.uint8)
 
 
+def texture_folder():
+    """Where the package that frost takes its textures from keeps them. Raises ValueError without it."""
+    try:
+        return resources.files("torch_uncertainty_assets.frost")
+    except ModuleNotFoundError:
+        wanted = "the package with its textures, from pip install torch-uncertainty-assets"
+        raise ValueError(f"frost: expected {wanted}, got none installed") from None
+
+
 @functools.lru_cache(maxsize=4)
 def _textures(height: int, width: int) -> list[np.ndarray]:
     """uint8 [h, w, 3], each at least height x width: every fifth pixel, or more of them, mirrored if need be."""
     from PIL import Image
 
-    try:
-        folder = resources.files("torch_uncertainty_assets.frost")
-    except ModuleNotFoundError:
-        raise ImportError("frost needs its textures: pip install torch-uncertainty-assets") from None
-    textures = []
+    folder, textures = texture_folder(), []
     for name in TEXTURES:
         with folder.joinpath(name).open("rb") as file, Image.open(file) as image:
             whole = np.asarray(image.convert("RGB"))
