@@ -162,12 +162,11 @@ def test_frost_covers_images_that_are_larger_than_its_textures():
 def test_frost_without_its_textures_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch_uncertainty_assets", None)
     monkeypatch.setitem(sys.modules, "torch_uncertainty_assets.frost", None)
-    for work in (
-        lambda: corrupt(np.zeros((1, 29, 31), np.uint8), "frost", 1),
-        lambda: Run(TrainConfig(data="digits")),
-    ):
-        with pytest.raises(ValueError, match="pip install torch-uncertainty-assets"):
-            work()
+    message = "frost: expected the package with its textures, from pip install torch-uncertainty-assets, got none"
+    with pytest.raises(ValueError, match=message):
+        corrupt(np.zeros((1, 29, 31), np.uint8), "frost", 1)
+    with pytest.raises(ValueError, match=message):  # before the training, not after it
+        Run(TrainConfig(data="digits"))
 
 
 @pytest.mark.parametrize(
