@@ -145,11 +145,11 @@ class Graphs:
                 with on_its_stream(number):
                     graph = self.alive.pop(number) if number in self.alive else self._again(number)
                     if measure:
-                        plain = torch.empty_like(self.parameters) if plain is None else plain
+                        plain = self.streams.new_like(self.parameters) if plain is None else plain
                         _write(plain[group], graph.pull_back(keep=True))
                         done(plain[group])
                     gradients = graph.pull_back(cotangents(group))
-                    g = torch.empty_like(self.parameters) if g is None else g
+                    g = self.streams.new_like(self.parameters) if g is None else g
                     _write(g[group], gradients)
                     done(g[group])
                     del graph, gradients
@@ -369,6 +369,12 @@ class _Streams:
     def of(self, number: int):
         """The context in which group `number` is computed."""
         return torch.cuda.stream(self.pool[number % STREAMS]) if self.pool else contextlib.nullcontext()
+
+    def new_like(self, tensor: Tensor) -> Tensor:
+        """Memory into which all of the streams may write: of the one outside, for whose work they have waited. What
+        one of them had before may still be at work in that stream alone."""
+        with torch.cuda.stream(self.outside) if self.pool else contextlib.nullcontext():
+            return torch.empty_like(tensor)
 
     def shared(self, tensor: Tensor) -> Tensor:
         """Of one of the streams, and read by the one outside: its memory is not to be used again before."""

@@ -75,7 +75,10 @@ def _more_than_l2() -> torch.Tensor:
 
 
 def captured(call: Callable[[], object]) -> Callable[[], None]:
-    """`call` as a CUDA graph: its kernels without the host's work. RuntimeError where it cannot be captured."""
+    """`call` as a CUDA graph: its kernels without the host's work. RuntimeError where it cannot be captured.
+
+    What is returned keeps `call`, for the graph reads what only that may hold.
+    """
     before, aside = torch.cuda.current_stream(), torch.cuda.Stream()
     aside.wait_stream(before)
     with torch.cuda.stream(aside):
@@ -88,7 +91,11 @@ def captured(call: Callable[[], object]) -> Callable[[], None]:
             call()
     finally:
         torch.cuda.set_stream(before)  # a failed capture leaves its own stream behind
-    return graph.replay
+
+    def replay(reads: Callable[[], object] = call) -> None:
+        graph.replay()
+
+    return replay
 
 
 def quantiles(values: list[float]) -> tuple[float, float, float]:
