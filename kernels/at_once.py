@@ -4,17 +4,12 @@ The kernels are those of repulsion.py with more to do: distances end with the me
 with the sums over samples and makes its own coefficients. Schemas stand in forde_fast/operators.py.
 """
 
-import math
-
 import torch
 
 from . import repulsion as steps
-from .back import _gradient_kernel
 
 # From here on it takes longer that every program of the mixing sums over the samples than that a launch does it once.
 MANY_SAMPLES = 256
-
-MOST_COLUMNS = 512  # of a factor whose tile is in shared memory at once
 
 
 def at_once(particles, product, matrix, unit, normalize, eps, log_count):
@@ -67,31 +62,16 @@ def at_once_low_rank(particles, factor, first_factor, unit, tail, eps, log_count
     z = torch.empty(M, G, D, dtype=first_factor.dtype, device=particles.device)
     norm, *of_tail = _contrasts_and_distances(particles, z, eps)
     x = torch.ops.forde_fast.matmul(z, first_factor, precision)
-    found, unit_x = _Found(x), unit / steps._unit(z)
-    constants = {"SOURCE": "coordinates", "NORM": "unit", "EPS": eps, "UNIT": unit_x * unit_x, "TAIL": tail}
+    unit = unit / steps.HALF if z.dtype == torch.float16 else unit
+    found = _Found(x)
+    constants = {"SOURCE": "coordinates", "NORM": "unit", "EPS": eps, "UNIT": unit * unit, "TAIL": tail}
     found.distances(x, x, norm, constants, log_count, of_tail)
+    y = torch.empty_like(x)
+    found.mix(None, x, norm, y, unit, False)
+    mixed = torch.ops.forde_fast.matmul(y, factor.T, precision)
     gradient = torch.empty(M, G, D, dtype=particles.dtype, device=particles.device)
-    if z.dtype == torch.float16 and x.shape[2] <= MOST_COLUMNS:
-        y, units = torch.empty_like(x, dtype=z.dtype), torch.empty_like(norm)
-        found.mix(None, x, norm, y, unit_x, False, units)
-        _launch_gradient(particles, y, units, first_factor, unit, tail, norm, found, gradient)
-    else:
-        y = torch.empty_like(x)
-        found.mix(None, x, norm, y, unit_x, False)
-        mixed = torch.ops.forde_fast.matmul(y, factor.T, precision)
-        steps._launch_combine(particles, None, norm, found.c, found.projection, mixed, gradient, unit=tail)
+    steps._launch_combine(particles, None, norm, found.c, found.projection, mixed, gradient, unit=tail)
     return found.value, gradient, found.h, found.d
-
-
-def _launch_gradient(particles, y, units, factor, unit, tail, norm, found, gradient):
-    (M, G, D), K = particles.shape, y.shape[2]
-    # three programs on a multiprocessor at K = 256: one loads while others multiply
-    constants = {"SAMPLES": 16, "COLUMNS": 64, "RANK": max(16, steps.triton.next_power_of_2(K)), "num_warps": 4}
-    constants |= {"M": M, "TAIL": tail, "FACTOR_UNIT": unit, "V": math.gcd(4, D), "ACC": steps._types(particles)[1]}
-    numbers = D, G, K, *steps._strides(particles), found.c.stride(1), found.c.stride(2)
-    tensors = particles, y, units, factor, norm, found.c, found.projection, gradient
-    programs = steps.triton.cdiv(G, 16) * steps.triton.cdiv(D, 64)
-    steps._launch(_gradient_kernel, programs, tensors, numbers, constants)
 
 
 class _Found:
@@ -112,14 +92,14 @@ class _Found:
         tensors = rows, product, norm, self.d[None], self.alignment[None]
         steps._launch_distances(*tensors, constants, tail=tail, rule=rule, log_count=log_count)
 
-    def mix(self, particles, product, norm, gradient, unit, project, units=None):
+    def mix(self, particles, product, norm, gradient, unit, project):
         rule = self.d, self.alignment, self.exact, self.parts, self.value
         if self.d.shape[2] > MANY_SAMPLES:
             self.c = torch.empty_like(self.d)
             steps._launch_coefficients(*rule, self.c, self.projection)
             rule = None
         rest = norm, self.c, self.projection, None, gradient
-        steps._launch_combine(particles, product, *rest, rule=rule, unit=unit, project=project, units=units)
+        steps._launch_combine(particles, product, *rest, rule=rule, unit=unit, project=project)
 
 
 def _empty(like, *size):

@@ -46,11 +46,10 @@ def _combine_kernel(
     projection,  # [M, G]
     mixed,  # [M, G, D], read when HAS_MIXED
     gradient,  # [M, G, D]
-    units,  # [M, G], written when IN_UNITS: powers of two in which the rows' largest entries are 2^13 to 2^14
     D, G, tiles, particles_m, particles_g, product_m, product_g, c_pair, c_g,
     M: tl.constexpr, HAS_PRODUCT: tl.constexpr, HAS_MIXED: tl.constexpr, KAPPA: tl.constexpr, UNIT: tl.constexpr,
-    RULE: tl.constexpr, STEPS: tl.constexpr, BLOCK: tl.constexpr, PROJECT: tl.constexpr,
-    IN_UNITS: tl.constexpr, LANES: tl.constexpr, V: tl.constexpr, ACC: tl.constexpr,
+    RULE: tl.constexpr, STEPS: tl.constexpr, BLOCK: tl.constexpr, PROJECT: tl.constexpr, LANES: tl.constexpr,
+    V: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """A few rows: all stay in registers. UNIT is a factor of the sum; by the RULE, coefficients are made here."""
     pid = tl.program_id(0).to(tl.int64)
@@ -81,11 +80,6 @@ def _combine_kernel(
             t = tl.load(projection + row)
             _store_row(gradient + row * D, particles + (first + i) * particles_m, r_i, t, total, d, D, ACC)
         else:
-            if IN_UNITS:
-                largest = tl.max(tl.max(tl.abs(total), 1), 0)
-                exponent = tl.minimum(tl.maximum(largest.to(tl.int32, bitcast=True) >> 23, 14), 254)
-                tl.store(units + row, ((exponent - 13) << 23).to(tl.float32, bitcast=True))
-                total *= ((267 - exponent) << 23).to(tl.float32, bitcast=True)
             tl.store(gradient + row * D + d, total, mask=d < D)
 
 

@@ -350,14 +350,13 @@ def _combine(particles, others, product, inverse_norm, coefficients, projection,
 
 
 def _launch_combine(particles, product, inverse_norm, coefficients, projection, mixed, gradient, rule=None, unit=1.0,
-                    project=True, units=None):  # fmt: skip
+                    project=True):  # fmt: skip
     """A few rows. Without `project` the gradient is the sum alone, and needs no particles where there is a product.
 
     rule: d, alignment, exact h, parts and the value, for coefficients and projection to be made here
-    units [M, G]: written; the sums are in these, in float16. One program has all columns, up to 512
     """
     M, G, D = gradient.shape
-    acc, ACC = _types(inverse_norm)
+    acc, ACC = _types(gradient)
     tile = _rows_tile(D, acc)
     tiles = triton.cdiv(D, tile["LANES"] * tile["V"])
     rows = product if particles is None else particles
@@ -365,9 +364,9 @@ def _launch_combine(particles, product, inverse_norm, coefficients, projection, 
     block = min(128, triton.next_power_of_2(G))
     constants = {"M": M, "HAS_PRODUCT": product is not None, "HAS_MIXED": mixed is not None, "KAPPA": _kappa(M)}
     constants |= {"UNIT": unit, "RULE": rule is not None, "STEPS": triton.cdiv(G, block), "BLOCK": block}
-    constants |= {"PROJECT": project, "IN_UNITS": units is not None, "ACC": ACC} | tile
+    constants |= {"PROJECT": project, "ACC": ACC} | tile
     tensors = rows, w, inverse_norm, *(rule or [coefficients] * 5), coefficients, projection
-    tensors += (gradient if mixed is None else mixed, gradient, inverse_norm if units is None else units)
+    tensors += (gradient if mixed is None else mixed, gradient)
     numbers = D, G, tiles, *_strides(rows, w), coefficients.stride(1), coefficients.stride(2)
     _launch(_combine_kernel, G * tiles, tensors, numbers, constants)
 

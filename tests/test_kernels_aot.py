@@ -38,7 +38,6 @@ REGISTERS = {
     "_coefficients_kernel": 128,
     "_coordinates_kernel": 128,
     "_project_kernel": 64,
-    "_gradient_kernel": 255,
     "_combine_kernel": 168,  # four warps, three programs; six at the published size
     "_combine_blocks_kernel": 128,
 }
