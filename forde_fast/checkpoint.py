@@ -236,19 +236,22 @@ def copied(value):
 def pack(state: dict) -> bytes:
     """Dicts and lists of tensors, numbers, texts and None in one safetensors file: what is no tensor as JSON."""
     tensors: dict[str, Tensor] = {}
+    rest = json.dumps(_stripped(state, "", tensors))
+    return save(tensors, {"forde_fast.state": rest})
 
-    def strip(value, name):
-        if isinstance(value, Tensor):
-            alone = not value.is_cuda and value.is_contiguous() and value.untyped_storage().nbytes() == value.nbytes
-            tensors[name] = value.detach() if alone else _own(value)
-            return {"tensor": name}
-        if isinstance(value, dict):
-            return {"dict": {key: strip(item, f"{name}/{key}") for key, item in value.items()}}
-        if isinstance(value, (list, tuple)):
-            return [strip(item, f"{name}/{i}") for i, item in enumerate(value)]
-        return value
 
-    return save(tensors, {"forde_fast.state": json.dumps(strip(state, ""))})
+def _stripped(value, name: str, tensors: dict[str, Tensor]):
+    """The value without its tensors, which go to `tensors` (a parameter: a recursive closure is a cycle that would
+    keep them until the garbage is collected, and a long run would grow)."""
+    if isinstance(value, Tensor):
+        alone = not value.is_cuda and value.is_contiguous() and value.untyped_storage().nbytes() == value.nbytes
+        tensors[name] = value.detach() if alone else _own(value)
+        return {"tensor": name}
+    if isinstance(value, dict):
+        return {"dict": {key: _stripped(item, f"{name}/{key}", tensors) for key, item in value.items()}}
+    if isinstance(value, (list, tuple)):
+        return [_stripped(item, f"{name}/{i}", tensors) for i, item in enumerate(value)]
+    return value
 
 
 def unpack(content: bytes) -> dict:

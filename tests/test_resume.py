@@ -2,6 +2,7 @@
 
 import copy
 import errno
+import gc
 import json
 import os
 import signal
@@ -118,6 +119,15 @@ def test_states_come_back_as_they_were(tmp_path):
     again = trainer(OPTIMIZERS["adam"])
     again.load_state_dict(unpack(pack(state)))
     assert pack(again.state_dict()) == pack(state)
+
+
+def test_packing_leaves_nothing_for_the_garbage_collector():
+    """Of a long run: what waits for it holds a copy of the whole state."""
+    state = {"velocity": torch.zeros(2, 3), "more": [torch.zeros(2), {"steps": 1}]}
+    pack(state)
+    gc.collect()
+    pack(state)
+    assert gc.collect() == 0
 
 
 def test_the_last_two_are_kept_and_a_damaged_one_is_passed_over(tmp_path):
