@@ -10,7 +10,7 @@ run: .venv/installed
 	$(BIN)/forde-fast compare --out runs/first
 
 test: .venv/installed-tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: .venv/installed-tests
 	$(BIN)/ruff check .
