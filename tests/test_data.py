@@ -34,7 +34,7 @@ def arrays():
 def folder(tmp_path, arrays):
     """A small set in the real one's layout; the last two files are not compressed."""
     for name, array in zip(list(FASHION_MD5)[:2], arrays, strict=False):
-        (tmp_path / name).write_bytes(gzip.compress(idx(array)))
+        (tmp_path / name).write_bytes(gzip.compress(idx(array), mtime=0))
     for name, array in zip(list(FASHION_MD5)[2:], arrays[2:], strict=True):
         (tmp_path / name.removesuffix(".gz")).write_bytes(idx(array))
     return tmp_path
@@ -115,8 +115,8 @@ def test_missing_file_says_what_to_do(folder):
         (idx(np.zeros((2, 4, 4)))[:-1], r"expected 48 bytes for shape \[2, 4, 4\], got 47"),
         (idx(np.zeros((2, 4, 4))) + b"\0", "expected 48 bytes .* got more"),
         (b"\0\0\x08\x03" + b"\xff" * 12, "expected at most 1073741824 bytes, got shape"),  # overflows 64 bits
-        (gzip.compress(idx(np.zeros((2, 4, 4))))[:-5], "expected a whole gzip file"),
-        (gzip.compress(idx(np.zeros((2, 4, 4))))[:6] + b"\xff" * 30, "expected a whole gzip file"),
+        (gzip.compress(idx(np.zeros((2, 4, 4))), mtime=0)[:-5], "expected a whole gzip file"),
+        (gzip.compress(idx(np.zeros((2, 4, 4))), mtime=0)[:6] + b"\xff" * 30, "expected a whole gzip file"),
     ],
 )
 def test_damaged_and_foreign_files_are_refused(tmp_path, content, message):
@@ -157,7 +157,7 @@ def server(tmp_path, arrays, monkeypatch):
     store.mkdir()
     checksums = {}
     for name, array in zip(FASHION_MD5, arrays, strict=True):
-        content = gzip.compress(idx(array))
+        content = gzip.compress(idx(array), mtime=0)
         (store / name).write_bytes(content)
         checksums[name] = hashlib.md5(content).hexdigest()
     monkeypatch.setattr(datasets, "FASHION_URL", store.as_uri() + "/")
