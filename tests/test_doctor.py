@@ -70,14 +70,8 @@ class Constant(nn.Module):
         return (x / 255 - NORMALISE.mean[0]) / NORMALISE.std[0]
 
 
-def diverged(folder):
-    with pytest.raises(ValueError, match="expected a finite"):  # what stops it is not a number
-        train(folder, lr=1e12, epochs=1)
-    return read_log(folder)
-
-
 FAULTS = {
-    "diverged": diverged,
+    "diverged": lambda d: train(d, lr=30.0, epochs=1),  # a step that is not finite would have stopped it
     "members collapse": lambda d: train(d, copies(), bandwidth=1e6, lr=0.01),
     "kernel values all alike": lambda d: train(d, bandwidth=1e4),
     "kernel values all but one zero": lambda d: train(d, bandwidth=1e-4),
