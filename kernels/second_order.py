@@ -32,6 +32,19 @@ def _row(rows, number, c, C, ACC: tl.constexpr):
 
 
 @triton.jit
+def _affine(
+    weight, bias, c, C, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, CHANNELS: tl.constexpr, ACC: tl.constexpr
+):
+    w = tl.full([1, CHANNELS], 1.0, ACC)
+    b = tl.zeros([1, CHANNELS], ACC)
+    if HAS_WEIGHT:
+        w = _row(weight, 0, c, C, ACC)
+    if HAS_BIAS:
+        b = _row(bias, 0, c, C, ACC)
+    return w, b
+
+
+@triton.jit
 def _numbers(tensor, at, inside, ACC: tl.constexpr):
     return tl.load(tensor + at, mask=inside, other=0.0).to(ACC)
 
@@ -69,12 +82,7 @@ def _sums_kernel(
     else:
         mean = _row(statistics, 0, c, C, ACC)
         r = _row(statistics, 1, c, C, ACC)
-    w = tl.full([1, CHANNELS], 1.0, ACC)
-    b = tl.zeros([1, CHANNELS], ACC)
-    if HAS_WEIGHT:
-        w = _row(weight, 0, c, C, ACC)
-    if HAS_BIAS:
-        b = _row(bias, 0, c, C, ACC)
+    w, b = _affine(weight, bias, c, C, HAS_WEIGHT, HAS_BIAS, CHANNELS, ACC)
     first = tl.zeros([POSITIONS, CHANNELS], ACC)
     second = tl.zeros_like(first)
     third = tl.zeros_like(first)
@@ -153,12 +161,7 @@ def _apply_kernel(
     c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     mean = _row(statistics, 0, c, C, ACC)
     r = _row(statistics, 1, c, C, ACC)
-    w = tl.full([1, CHANNELS], 1.0, ACC)
-    b = tl.zeros([1, CHANNELS], ACC)
-    if HAS_WEIGHT:
-        w = _row(weight, 0, c, C, ACC)
-    if HAS_BIAS:
-        b = _row(bias, 0, c, C, ACC)
+    w, b = _affine(weight, bias, c, C, HAS_WEIGHT, HAS_BIAS, CHANNELS, ACC)
     if PASS != "forward":
         share = _row(statistics, 2, c, C, ACC)
         scale = w * r
