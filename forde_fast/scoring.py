@@ -9,7 +9,7 @@ import torch
 
 from forde_fast.data import CORRUPTIONS, corrupt
 from forde_fast.data.corrupted import SEVERITIES
-from forde_fast.data.corruptions import CIFAR_SEVERITIES, GREY_SEVERITIES
+from forde_fast.data.corruptions import HARDER
 from forde_fast.evaluation import (
     averages,
     calibrated_nll,
@@ -27,8 +27,6 @@ from forde_fast.evaluation import (
     uncertainty,
 )
 
-# The corruptions that are harder for grey images: the others' scores are those at CIFAR-10-C's severities.
-GREY = tuple(name for name in CORRUPTIONS if GREY_SEVERITIES[name] != CIFAR_SEVERITIES[name])
 GRADIENT_IMAGES = 1000  # of which the members' input gradients are compared
 KEPT_BYTES = 2 << 20  # the most that a test set may have whose 115 corrupted copies are kept
 UNCERTAINTIES = ("total", "epistemic")
@@ -99,7 +97,7 @@ def _corrupted(run, names: Sequence[str]) -> dict[str, dict]:
     groups = {"corrupted": {**found, **means.get("standard", means["all"])}, "corrupted_all": means["all"]}
     if "extra" in means:
         groups["corrupted_extra"] = means["extra"]
-    harder = [name for name in GREY if name in names]
+    harder = [name for name in HARDER if name in names]
     if run.corrupted_files is None and run.test_images.ndim == 3 and harder:
         groups["corrupted_grey"] = score_corrupted(run.predict, _made(run, harder, "grey"))
     return groups
@@ -119,7 +117,7 @@ def _made(run, names: Sequence[str], preset: str) -> Iterator[tuple]:
             yield name, severity, copies, run.test_labels
 
 
-@functools.lru_cache(maxsize=len(SEVERITIES) * len(CORRUPTIONS + GREY))
+@functools.lru_cache(maxsize=len(SEVERITIES) * len(CORRUPTIONS + HARDER))
 def _keep(pixels: bytes, shape: tuple[int, ...], name: str, severity: int, preset: str) -> torch.Tensor:
     images = torch.frombuffer(bytearray(pixels), dtype=torch.uint8).view(shape)
     return corrupt(images, name, severity, preset=preset)

@@ -76,8 +76,17 @@ def test_runs_are_paired_and_tuning_uses_other_seeds_images_and_corruptions(tmp_
     assert {c.seed for c in tuning} == {TUNING_SEED}
     assert all(c.validation == TINY.validation for c in tuning)
     assert {c.weight_decay for c in tuning if c.method == "de"} == {5e-4, 5e-3}
-    assert {c.repulsion_weight for c in tuning if c.method == "forde-tuned"} == {1.0, 5.0, 20.0}
+    assert {c.repulsion_weight for c in tuning if c.method == "forde-tuned"} == {0.2, 1.0, 5.0, 20.0}
     assert len({c.out for c in table}) == len(table)
+
+
+def test_a_published_setting_that_was_chosen_is_trained_once(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(Reproduction, "_finished", lambda self, kind, config: seen.append(config.out) or SCORES)
+    rows = Reproduction(replace(TINY, methods=("de", "lit"), published=("de",)), tmp_path).run()
+    assert list(rows) == ["de", "lit", "de-published"]
+    assert rows["de-published"]["metrics"] == rows["de"]["metrics"]
+    assert not any("published" in out for out in seen)
 
 
 SCORES = {"validation": {"nll": 1.0, "accuracy": 0.5}, "validation_corrupted": {"nll": 1.0}, "clean": {}}
@@ -89,9 +98,17 @@ def test_tuning_searches_one_after_another(tmp_path, monkeypatch):
     distance = lambda self, method, own: sum((math.log(a) - math.log(b)) ** 2 for a, b in zip(own, best, strict=True))  # noqa: E731
     monkeypatch.setattr(Reproduction, "loss", distance)
     table = Reproduction(replace(TINY, alphas=(0.4, 0.8)), tmp_path)
-    assert table.tune("forde-tuned") == best
-    assert table.tune("forde-pca") == best._replace(alpha=0.4)
-    assert table.tune("de").weight_decay == 5e-3
+    tuned = table.tune("forde-tuned")
+    assert tuned == (best, 0.0, {"weight_decay": "highest", "alpha": "highest"})
+    assert table.tune("forde-pca").setting == best._replace(alpha=0.4)
+    assert table.tune("de").setting.weight_decay == 5e-3
+
+
+def test_a_run_of_another_setting_does_not_stand_for_the_tuned_one(tmp_path, monkeypatch):
+    Reproduction(TINY, tmp_path).run()
+    monkeypatch.setattr(Reproduction, "loss", lambda self, method, own: -own.weight_decay)
+    with pytest.raises(ValueError, match=r"^weight_decay: expected 0.005 in .*seed0, got 0.0005 \(tuned over"):
+        Reproduction(TINY, tmp_path).run()
 
 
 def test_a_run_that_diverged_is_not_chosen(tmp_path, monkeypatch):
@@ -149,6 +166,8 @@ def test_corrupted_images_are_made_once(tmp_path, spread):
     assert all(torch.equal(a[2], b[2]) for a, b in zip(first, made, strict=True))
     assert (tmp_path / "contrast.npy").stat().st_mtime_ns == written
     assert len(np.load(tmp_path / "contrast.npy", allow_pickle=False)) == (13 if spread else 65)
+    with pytest.raises(ValueError, match=r"contrast.npy: expected copies .* of the images, got .* of others"):
+        list(Corrupted(tmp_path, images[:7], labels[:7], ("contrast",), "grey", spread, seed=3))
 
 
 # ---------------------------------------------------------------- what the table says

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from forde_fast.data.corruptions import CORRUPTIONS, PRESETS, corrupt
+from forde_fast.data.corruptions import CORRUPTIONS, corrupt
 from forde_fast.files import write
+from forde_fast.validation import expect
 
 SEVERITIES = (1, 2, 3, 4, 5)
 
@@ -48,9 +49,7 @@ class Corrupted:
             np.save(content, np.concatenate(parts), allow_pickle=False)
             self.folder.mkdir(parents=True, exist_ok=True)
             write(path, content.getvalue())
-        return np.load(path, mmap_mode="r", allow_pickle=False)
-
-
-def harder(preset: str) -> tuple[str, ...]:
-    """The corruptions that a preset has at other severities than CIFAR-10-C."""
-    return tuple(name for name in CORRUPTIONS if PRESETS[preset][name] != PRESETS["cifar"][name])
+        made = np.load(path, mmap_mode="r", allow_pickle=False)
+        wanted = (len(self.images) * (1 if self.spread else len(SEVERITIES)), *self.images.shape[1:])
+        expect(made.shape == wanted, str(path), f"copies {wanted} of the images", f"{made.shape}, of others")
+        return made

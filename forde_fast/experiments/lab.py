@@ -125,9 +125,9 @@ class Lab:
     def corrupted(self, names=CORRUPTIONS, preset: str | None = None) -> Corrupted:
         """The test images under these corruptions; for grey images the harder preset."""
         preset = preset or ("grey" if self.grey else "cifar")
-        given = self.data.test_images, self.data.test_labels
-        return Corrupted(self.out.parent / "corrupted" / f"{self.setting.data}-{preset}", *given, names, preset,
-                         self.setting.spread)  # fmt: skip
+        spread = self.setting.spread
+        folder = self.out / "corrupted" / f"{self.setting.data}-{preset}{'-spread' * spread}"
+        return Corrupted(folder, self.data.test_images, self.data.test_labels, names, preset, spread)
 
     def write(self, name: str, text: str) -> None:
         write(self.out / name, text.encode())

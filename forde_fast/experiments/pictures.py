@@ -103,7 +103,8 @@ def _toy(method: Method, x: Tensor, y: Tensor, outputs: int, loss) -> Ensemble:
 
 
 def regression(lab: Lab) -> str:
-    """16 perceptrons on two stretches of a noisy sine: their mean and spread between and beyond them."""
+    """16 perceptrons (two hidden layers of 64 tanh, 600 steps of Adam at 0.005) on two stretches of a noisy sine:
+    their mean and spread between and beyond them."""
     generator = torch.Generator().manual_seed(0)
     x = torch.cat([torch.linspace(-1.6, -0.7, 20), torch.linspace(0.5, 1.4, 20)])[:, None]
     y = torch.sin(3 * x) + 0.05 * torch.randn(x.shape, generator=generator)
@@ -146,7 +147,8 @@ CLASSIFICATION = {
 
 
 def classification(lab: Lab) -> str:
-    """16 perceptrons on two half-moons: the entropy of their mean over the plane."""
+    """16 perceptrons (two hidden layers of 64 tanh, 600 steps of Adam at 0.005) on two half-moons: the entropy of
+    their mean over the plane."""
     from sklearn.datasets import make_moons
 
     points, labels = make_moons(120, noise=0.08, random_state=0)

@@ -20,6 +20,7 @@ EXPERIMENTS = {
     "regression": "pictures.regression",
     "classification": "pictures.classification",
 }
+TOYS = ("regression", "classification")  # on points of their own: a lab's data and setting are not for them
 
 
 def find(name: str) -> Callable:
@@ -31,9 +32,10 @@ def run(name: str, lab) -> str:
     """The page of one experiment in a `Lab`, which is written into its folder too."""
     experiment = find(name)
     body = experiment(lab)
-    used = ", ".join(f"{key} {value}" for key, value in dataclasses.asdict(lab.setting).items())
     about = " ".join(experiment.__doc__.split())
-    means = "Means over seeds, ± the half width of a 95 % interval."
-    text = f"# {name}\n\n{about}\n\n{means} Setting: {used}.\n\n{body}\n"
+    if name not in TOYS:
+        used = ", ".join(f"{key} {value}" for key, value in dataclasses.asdict(lab.setting).items())
+        about += f"\n\nMeans over seeds, ± the half width of a 95 % interval. Setting: {used}."
+    text = f"# {name}\n\n{about}\n\n{body}\n"
     lab.write(f"{name}.md", text)
     return text

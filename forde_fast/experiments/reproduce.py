@@ -13,11 +13,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from forde_fast import config as configuration
 from forde_fast.config import TrainConfig
 from forde_fast.data import Images, load, open_corrupted
-from forde_fast.data.corruptions import CORRUPTIONS, EXTRA, STANDARD
+from forde_fast.data.corruptions import CORRUPTIONS, EXTRA, HARDER, STANDARD
 from forde_fast.evaluation import mean_scores, score_corrupted
-from forde_fast.experiments.corrupted import Corrupted, harder
+from forde_fast.experiments.corrupted import Corrupted
 from forde_fast.experiments.tables import Table
 from forde_fast.files import write
 from forde_fast.run import Run
@@ -25,6 +26,7 @@ from forde_fast.validation import expect
 
 TUNING_SEED = 1000  # the first of the seeds that tune: none of those that are reported
 DECAY, ALPHA = 5e-4, 0.4  # the published weight decay; the published alpha on CIFAR-100
+GROWS = ("seeds", "methods", "published")  # what a table in a folder may have more or less of: that only adds runs
 
 
 class Setting(NamedTuple):
@@ -33,6 +35,14 @@ class Setting(NamedTuple):
     weight_decay: float
     repulsion_weight: float
     alpha: float
+
+
+class Tuned(NamedTuple):
+    """`loss` is what tuning minimises, at `setting`; `ends` names what was chosen at an end of its candidates."""
+
+    setting: Setting
+    loss: float
+    ends: dict[str, str]  # name -> "lowest" or "highest"
 
 
 class Trial(Run):
@@ -90,39 +100,42 @@ class Reproduction:
         path = self.folder / "table.json"
         if path.exists():
             held = json.loads(path.read_text(encoding="utf-8"))
-            # more seeds or methods only add runs
-            odd = [name for name in settings if settings[name] != held.get(name) and name not in GROWS]
-            if odd:
-                expect(False, odd[0], f"{held.get(odd[0])} as the table in {folder} has it", settings[odd[0]])
+            for name, own in settings.items():
+                same = name in GROWS or own == held.get(name)
+                expect(same, name, f"{held.get(name)} as the table in {folder} has it", own)
         elif self.folder.exists() and any(self.folder.iterdir()):
             expect(False, "out", "a new folder, or one with a table", folder, FileExistsError)
         self.settings = settings
         self._validation: dict[int, Corrupted] = {}
         self.done = self.skipped = 0
 
-    def rows(self) -> Iterator[tuple[str, str, Setting]]:
-        """(row, method, setting): every method tuned, and some at the published strength."""
+    def rows(self) -> Iterator[tuple[str, str, Setting, Tuned | None]]:
+        """(row, method, setting, how it was chosen): every method tuned, and some at the published strength."""
         for method in self.table.methods:
-            yield method, method, self.tune(method)
+            tuned = self.tune(method)
+            yield method, method, tuned.setting, tuned
         for method in self.table.published:
-            yield f"{method}-published", method, Setting(DECAY, 1.0, ALPHA)
+            yield f"{method}-published", method, Setting(DECAY, 1.0, ALPHA), None
 
     def run(self) -> dict[str, dict]:
-        """{row: {"method", "setting", "metrics": [one per seed]}}; writes table.json and settings.json."""
+        """{row: {"method", "setting", "tuning", "metrics": [one per seed]}}; writes table.json and rows.json."""
         self.folder.mkdir(parents=True, exist_ok=True)
         write(self.folder / "table.json", json.dumps(self.settings, indent=1).encode())
         self.begun = time.monotonic()
-        found = {}
-        for row, method, setting in self.rows():
+        found, trained = {}, {}
+        for row, method, setting, tuned in self.rows():
+            first = trained.setdefault((method, setting), row)  # what is published may be what was chosen: not twice
             runs = [
-                self._finished(TableRun, self.config(method, setting, seed, f"runs/{row}/seed{seed}"))
+                self._finished(TableRun, self.config(method, setting, seed, f"runs/{first}/seed{seed}"))
                 for seed in range(self.table.seeds)
             ]
             found[row] = {"method": method, "setting": setting._asdict(), "metrics": runs}
+            if tuned is not None:
+                found[row]["tuning"] = {"loss": tuned.loss, "ends": tuned.ends}
             write(self.folder / "rows.json", json.dumps(found).encode())
         return found
 
-    def tune(self, method: str) -> Setting:
+    def tune(self, method: str) -> Tuned:
         """The best of the candidates for weight decay, then w, then alpha, one after another: lowest mean of the
         negative log-likelihoods of validation images, clean and corrupted."""
         table = self.table
@@ -130,10 +143,16 @@ class Reproduction:
         searched = {"weight_decay": table.weight_decays, "repulsion_weight": table.weights(method)}
         if method == "forde-tuned":
             searched["alpha"] = table.alphas
+        losses, ends = {best: self.loss(method, best)}, {}
         for name, candidates in searched.items():
-            settings = [best._replace(**{name: value}) for value in candidates]
-            best = min(settings, key=lambda setting: self.loss(method, setting))
-        return best
+            for setting in (best._replace(**{name: value}) for value in candidates):
+                if setting not in losses:
+                    losses[setting] = self.loss(method, setting)
+            best = min(losses, key=losses.get)
+            extremes = {min(candidates): "lowest", max(candidates): "highest"}
+            if len(extremes) > 1 and getattr(best, name) in extremes:
+                ends[name] = extremes[getattr(best, name)]
+        return Tuned(best, losses[best], ends)
 
     def loss(self, method: str, setting: Setting) -> float:
         """What tuning minimises."""
@@ -160,10 +179,20 @@ class Reproduction:
         """The metrics of a run, which is trained if it is not there."""
         path = Path(config.out) / "metrics.json"
         if path.exists():
+            self._check_setting(config)
             self.skipped += 1
         else:
             self._train(kind(config, self.data), path)
         return json.loads(path.read_text(encoding="utf-8"))  # the same whether it is new or was there
+
+    def _check_setting(self, config: TrainConfig) -> None:
+        """A run that was tuned over other candidates, by an older version, must not stand for this one."""
+        path = Path(config.out) / "config.toml"
+        held = configuration.read(path) if path.exists() else {}
+        for name in Setting._fields:
+            own = held.get(name, getattr(config, name))
+            got = f"{own} (tuned over other candidates: move the folder away)"
+            expect(own == getattr(config, name), name, f"{getattr(config, name)} in {config.out}", got)
 
     def _train(self, run: Run, path: Path) -> None:
         if isinstance(run, TunedRun):
@@ -190,7 +219,7 @@ class Reproduction:
         given = run.test_images, run.test_labels
         sets = {"corrupted": Corrupted(folder / "cifar", *given, CORRUPTIONS, spread=spread)}
         if run.test_images.ndim == 3:
-            names = [name for name in harder("grey") if name not in EXTRA]  # the extra ones tune
+            names = [name for name in HARDER if name not in EXTRA]  # the extra ones tune
             sets["corrupted_grey"] = Corrupted(folder / "grey", *given, names, "grey", spread)
         return sets
 
@@ -203,6 +232,3 @@ class Reproduction:
             given = run.valid_images, run.valid_labels
             self._validation[seed] = Corrupted(folder, *given, EXTRA, preset, self.table.spread, seed=1)
         return self._validation[seed]
-
-
-GROWS = ("seeds", "methods", "published")

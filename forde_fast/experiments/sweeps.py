@@ -63,7 +63,7 @@ def lengthscale(lab: Lab) -> str:
         for weight in strengths:
             title = f"alpha {alpha:g}, w {weight:g}"
             weights[title] = [scores(lab, lab.train(own, seed, weight, title=title)) for seed in lab.seeds]
-    return (f"{_table('lengthscale', rows)}\n\n![alpha](alpha.png)\n\n{_table('strength', weights)}")  # fmt: skip
+    return f"{_table('lengthscale', rows)}\n\n![alpha](alpha.png)\n\n{_table('strength', weights)}"
 
 
 def size(lab: Lab) -> str:
@@ -72,9 +72,7 @@ def size(lab: Lab) -> str:
     for members in SIZES:
         for name in ("de", "forde-pca"):
             title = f"{name}, {members} members"
-            rows[title] = [
-                scores(lab, lab.train(name, seed, members=members, title=title)) for seed in lab.seeds
-            ]  # fmt: skip
+            rows[title] = [scores(lab, lab.train(name, seed, members=members, title=title)) for seed in lab.seeds]
             for column in COLUMNS[:4]:
                 line = lines.setdefault(column, {}).setdefault(name, ([], []))
                 line[0].append(members)

@@ -21,11 +21,12 @@ from forde_fast.data.corruptions.severities import (
     CORRUPTIONS,
     EXTRA,
     GREY_SEVERITIES,
+    HARDER,
     PRESETS,
     STANDARD,
 )
 
-__all__ = ["CIFAR_SEVERITIES", "CORRUPTIONS", "EXTRA", "GREY_SEVERITIES", "PRESETS", "STANDARD", "corrupt"]
+__all__ = ["CIFAR_SEVERITIES", "CORRUPTIONS", "EXTRA", "GREY_SEVERITIES", "HARDER", "PRESETS", "STANDARD", "corrupt"]
 
 CHUNK_BYTES = 256 << 10  # of uint8 input per step: fastest of 64 KiB to 4 MiB, and float64 copies stay small
 

@@ -58,3 +58,5 @@ GREY_SEVERITIES: dict[str, tuple] = CIFAR_SEVERITIES | {
 }
 
 PRESETS = {"cifar": CIFAR_SEVERITIES, "grey": GREY_SEVERITIES}
+# what the preset for grey images makes harder; elsewhere it is the other
+HARDER = tuple(name for name in CORRUPTIONS if GREY_SEVERITIES[name] != CIFAR_SEVERITIES[name])
