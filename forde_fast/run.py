@@ -288,10 +288,6 @@ class Run:
         """The metrics, as `scoring.score_run` has them."""
         return score_run(self, CORRUPTIONS)
 
-    def score_clean(self) -> dict:
-        """Scores on the clean test images, of the ensemble and of its members."""
-        return flat(score_members(self.predict(self.test_images), self.test_labels))
-
     def _validate(self) -> dict:
         return flat(score_members(self.predict(self.valid_images), self.valid_labels))
 

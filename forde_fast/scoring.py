@@ -57,7 +57,7 @@ def score_run(run, corruptions: Sequence[str] = CORRUPTIONS) -> dict:
     elif len(run.test_labels) > 1:
         tempered = calibrated_nll(probs.mean(0), run.test_labels)
         metrics["clean"] |= {"calibrated_nll": tempered["nll"], "temperature": tempered["temperature"]}
-    metrics["diversity"] = _diversity(run, probs)
+    metrics["diversity"] = diversity(run, probs)
     metrics |= _corrupted(run, corruptions)
     if run.unknown:
         known = uncertainty(probs)
@@ -76,7 +76,8 @@ def _clean(probs: torch.Tensor, labels: torch.Tensor) -> dict:
     return {**flat(score_members(probs, labels)), **means, "aurc": aurc}
 
 
-def _diversity(run, probs: torch.Tensor) -> dict[str, float]:
+def diversity(run, probs: torch.Tensor) -> dict[str, float]:
+    """Of the members on the clean test images, whose probabilities are [M, N, K]."""
     x = run.normalisation(run.test_images[:GRADIENT_IMAGES]).to(run.device)
     gradients = input_gradients(run.ensemble, x, run.test_labels[:GRADIENT_IMAGES].to(run.device)).cpu()
     return {

@@ -55,6 +55,8 @@ def reproduce(command):
             name = signal.Signals(stop.number).name
             text = f"interrupted by {name}, all is kept; the same command goes on\n"
             options.parser.exit(128 + stop.number, text)
+        except (OSError, ValueError, MemoryError) as error:  # a full disk, numbers no longer finite, ...
+            cli._stop(options, f"{error}; all is kept; the same command goes on")
         text = as_markdown(rows, options.table)
         write(work.folder / "table.md", text.encode())
         print(json.dumps(rows, indent=1) if options.json else text)

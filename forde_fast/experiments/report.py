@@ -21,10 +21,12 @@ from forde_fast.doctor import read_log
 from forde_fast.evaluation.metrics import BINS
 from forde_fast.experiments import figures, summary
 from forde_fast.files import write
+from forde_fast.methods import NAMES
 from forde_fast.run import Run
 from forde_fast.validation import expect
 
 POINTS = 60  # of a trace
+FEW = 10  # samples of which no accuracy is drawn
 TRACES = {
     "bandwidth_median": "median squared distance",
     "gradient_cosine": "cosine between members' particles",
@@ -88,7 +90,7 @@ def collect(folder: Path) -> list[Found]:
 
 
 def as_rows(runs: Sequence[Found]) -> dict:
-    """What `summary` makes tables of; a row's runs in the order of their seeds."""
+    """What `summary` makes tables of, methods in the package's order and runs in that of their seeds."""
     rows: dict[str, dict] = {}
     for run in sorted(runs, key=lambda run: run.config.get("seed", 0)):
         setting = {name: run.config.get(name, configuration.FIELDS[name].default)
@@ -97,8 +99,11 @@ def as_rows(runs: Sequence[Found]) -> dict:
         row = rows.setdefault(run.row, empty)
         row["metrics"].append(run.metrics)
         row["seeds"].append(run.config.get("seed", 0))
-    order = {run.row: number for number, run in reversed(list(enumerate(runs)))}
-    return {row: rows[row] for row in sorted(rows, key=lambda row: (row != "de", order[row]))}
+
+    def place(row: str) -> tuple:  # several rows of one method by their names, "-published" after the tuned one
+        return row != "de", NAMES.index(rows[row]["method"]), _natural(row)
+
+    return {row: rows[row] for row in sorted(rows, key=place)}
 
 
 def _comparable(rows: dict) -> bool:
@@ -115,15 +120,19 @@ def _by_row(runs: Sequence[Found]) -> dict[str, list[Found]]:
 
 
 def _severity(runs: Sequence[Found], path: Path) -> str:
-    """Mean over corruptions and seeds, the clean images as severity 0."""
-    panels = {}
+    """Mean over corruptions and seeds, the clean images as severity 0; beside it what is gained over "de"."""
+    panels: dict[str, dict] = {}
     for group, title in (("corrupted", "CIFAR-10-C's severities"), ("corrupted_grey", "preset for grey images")):
-        lines = {}
-        for row, own in _by_row(runs).items():
-            if all("by_corruption" in run.metrics.get(group, {}) for run in own):
-                lines[row] = (range(6), [_at_severity(own, group, severity) for severity in range(6)])
-        if lines:
-            panels[f"accuracy, {title}"] = lines
+        means = {
+            row: np.array([_at_severity(own, group, severity) for severity in range(6)])
+            for row, own in _by_row(runs).items()
+            if all("by_corruption" in run.metrics.get(group, {}) for run in own)
+        }
+        if means:
+            panels[f"accuracy, {title}"] = {row: (range(6), values) for row, values in means.items()}
+        if "de" in means and len(means) > 1:
+            gains = {row: (range(6), 100 * (values - means["de"])) for row, values in means.items()}
+            panels[f"points above de, {title}"] = gains
     if not panels:
         return "No run was scored on corrupted images."
     figures.curves(panels, path, "severity", range(6))
@@ -142,7 +151,10 @@ def _reliability(runs: Sequence[Found], path: Path, data_dir: str | None) -> str
     bins = {}
     try:
         for row, own in _by_row(runs).items():
-            bins[row] = reliability_bins(*_predicted(own, data_dir))
+            found = _predicted(own, data_dir)
+            confidence, accuracy, share = reliability_bins(*found)
+            rare = share * len(found[0]) < FEW
+            bins[row] = (confidence, np.where(rare, np.nan, accuracy), share)
     except OSError as error:
         return f"The images or members are not there: {html.escape(str(error))}"
     figures.reliability(bins, path)
@@ -192,17 +204,22 @@ def _traces(runs: Sequence[Found], path: Path) -> str:
 
 
 def _cost(runs: Sequence[Found], path: Path) -> str:
-    """Diversity at the end of training, where it was logged, and the speed of training; 95 % intervals over seeds."""
+    """Diversity of the trained members on test images, where it was scored, and the speed of training; 95 % intervals
+    over seeds."""
     panels: dict[str, dict] = {}
     for row, own in _by_row(runs).items():
-        last = [read_log(run.folder)[-1] for run in own]
-        if "gradient_cosine" in last[0]:
-            values = [1 - log["gradient_cosine"] for log in last]
-            panels.setdefault("1 − cosine between members' particles", {})[row] = summary.interval(values)
-        spread = [statistics.pstdev(member["accuracy"] for member in run.metrics["clean"]["members"]) for run in own]
-        panels.setdefault("spread of the members' accuracies", {})[row] = summary.interval(spread)
-        speeds = [run.metrics["members_x_images_per_second"] for run in own]
-        panels.setdefault("members × images per second", {})[row] = summary.interval(speeds)
+        scored = [run.metrics["diversity"] for run in own if "diversity" in run.metrics]
+        values = {
+            "1 − cosine of members' input gradients": [1 - one["gradient_cosine"] for one in scored],
+            "disagreement of members": [one["disagreement"] for one in scored],
+            "spread of the members' accuracies": [
+                statistics.pstdev(member["accuracy"] for member in run.metrics["clean"]["members"]) for run in own
+            ],
+            "members × images per second": [run.metrics["members_x_images_per_second"] for run in own],
+        }
+        for title, numbers in values.items():
+            if len(numbers) == len(own):
+                panels.setdefault(title, {})[row] = summary.interval(numbers)
     figures.bars(panels, path)
     return ""
 

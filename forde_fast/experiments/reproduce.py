@@ -17,11 +17,12 @@ from forde_fast import config as configuration
 from forde_fast.config import TrainConfig
 from forde_fast.data import Images, load, open_corrupted
 from forde_fast.data.corruptions import CORRUPTIONS, EXTRA, HARDER, STANDARD
-from forde_fast.evaluation import mean_scores, score_corrupted
+from forde_fast.evaluation import mean_scores, score_corrupted, score_members
 from forde_fast.experiments.corrupted import Corrupted
 from forde_fast.experiments.tables import Table
 from forde_fast.files import write
 from forde_fast.run import Run
+from forde_fast.scoring import diversity, flat
 from forde_fast.validation import expect
 
 TUNING_SEED = 1000  # the first of the seeds that tune: none of those that are reported
@@ -71,7 +72,8 @@ class TableRun(Trial):
     test_sets: dict[str, Corrupted]
 
     def evaluate(self) -> dict:
-        metrics = {"clean": self.score_clean()}
+        probs = self.predict(self.test_images)
+        metrics = {"clean": flat(score_members(probs, self.test_labels)), "diversity": diversity(self, probs)}
         for group, images in self.test_sets.items():
             found = score_corrupted(self.predict, images)
             metrics[group] = found

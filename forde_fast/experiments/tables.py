@@ -13,9 +13,9 @@ PAPER = ("de", "weight-rde", "function-rde", "feature-rde", "lit", "forde-pca", 
 ALL = (*PAPER, "weight-rde-sge", "gal", "forde-cosine")
 PUBLISHED = ("de", "forde-identity", "forde-pca", "forde-tuned")  # rows at w = 1 and the published weight decay
 
-# repulsion_weight in units of the published strength, by what repels; a deep ensemble has none. FoRDE's: from below
-# the published value to where w N/B of small data is what it is on CIFAR, 391. Below them lies the deep ensemble.
-WEIGHTS = {"forde": (0.2, 1.0, 5.0, 20.0), "weight": (1.0, 10.0, 100.0), "lit": (1.0, 10.0, 100.0)}
+# repulsion_weight in units of the published strength, by what repels; a deep ensemble has none. FoRDE's: from what is
+# published to where w N/B of small data is what it is on CIFAR, 391. Below them lies w = 0, the deep ensemble.
+WEIGHTS = {"forde": (1.0, 5.0, 20.0), "weight": (1.0, 10.0, 100.0), "lit": (1.0, 10.0, 100.0)}
 OTHER_WEIGHTS = (0.1, 1.0, 10.0)
 
 
