@@ -15,13 +15,10 @@ from forde_fast import second_order
 from forde_fast.ensemble import Ensemble, evaluation_mode
 from forde_fast.methods import Method
 from forde_fast.step import Objective, gradient
-from forde_fast.strategies import Graphs, Strategy, alike, random_state, set_random_state
+from forde_fast.strategies import Graphs, Strategy, alike, random_state, set_random_state, small
 
 ROUNDS = 3  # of measurement, after one that warms up
 WORTH = 0.9  # what is not faster than a loop by this factor is not worth another order of rounding
-# parameters of a member up to which stacking is tried without repulsion: a loop keeps one member's graph there,
-# stacked ones keep all, and stacked ResNets (from 0.7 million parameters on) were never the faster ones
-SMALL = 1 << 19
 
 _measured: dict[tuple, dict[str, float]] = {}  # so that equal trainers in one process are computed alike
 
@@ -38,20 +35,21 @@ def choose(
     kind: str, strategy: Strategy, ensemble: Ensemble, objective: Objective, x: Tensor, y: Tensor, accelerate: bool
 ) -> Choice:
     """What to use for batches like x, y: `kind` in `strategy`, or "auto": the fastest that is possible and fits in
-    memory. accelerate: whether the caller gave the members fast layers, which may then be swapped. The ensemble's
+    memory. accelerate: whether the members' layers are, or with "auto" may be, fast ones of ours. The ensemble's
     numbers and torch's generators stay as they are; its layers are left as chosen.
 
     "auto" keeps to a loop for one member, for larger members without repulsion, and where members draw random
-    numbers, so that a seed gives the same masks whatever is fastest. It tries PyTorch's own
-    layers in the loop too: in a small network the fast ones may not pay.
+    numbers, so that a seed gives the same masks whatever is fastest. It tries PyTorch's own layers in the loop too
+    (without repulsion on the CPU these alone): in a small network the fast ones may not pay.
     """
     reasons: list[str] = []
     repels = objective.repels(len(ensemble))
     if not repels:  # whatever it is without its weight, it is computed as the deep ensemble is
         objective = Objective(Method(None), loss=objective.loss)
-    candidates = {"loop": Choice(replace(strategy, kind="loop"), accelerate or None)}
+    fast = accelerate and (repels or x.is_cuda or kind != "auto")  # in a loop
+    candidates = {"loop": Choice(replace(strategy, kind="loop"), fast if accelerate else None)}
     tried = ("stacked", "streams") if x.is_cuda else ("stacked",)
-    if len(ensemble) == 1 or not (repels or max(ensemble.sizes) <= SMALL):
+    if len(ensemble) == 1 or not (repels or small(ensemble)):
         tried = ()
     for name in tried if kind == "auto" else (kind,):
         # only the CPU's fast layers know stacked members
@@ -72,7 +70,7 @@ def choose(
     if kind != "auto":
         best, report = (kind, kind) if kind in candidates else ("loop", "loop")
     else:
-        if accelerate:
+        if fast:
             candidates["loop, PyTorch's layers"] = Choice(candidates["loop"].strategy, False)
         best = report = "loop"
         if len(candidates) > 1:

@@ -13,13 +13,16 @@ from forde_fast.evaluation import decompose
 from forde_fast.types import Prediction
 from forde_fast.validation import expect, whole
 
+AS_BUILT = "ensemble", "the trainable parameters with which it was built (freeze before building it)"  # of errors
+
 
 class Ensemble(nn.Module):
     """Members made by `make_model()` one after another, from one seed; member 0 is what the seed alone gives.
 
     flat   [M, P], the trainable parameters of all members: a member's parameters are views of its row, in the
            order of `named_parameters()`. Frozen ones (requires_grad=False) stay outside
-    sizes  [M], how many a member has: members may differ, in their heads or altogether. P is the largest one's,
+    leaves [M], a member's trainable parameters in that order
+    sizes  [M], how many numbers those are: members may differ, in their heads or altogether. P is the largest one's,
            and the rest of a smaller one's row stays 0
     shared names of layers that all members have in common, by default none: they start as member 0's, and every step
            moves them by the mean of the members' gradients, so that the copies stay the same
@@ -89,7 +92,8 @@ class Ensemble(nn.Module):
         return len({tuple((n, p.shape) for n, p in trainable(member)) for member in self.members}) == 1
 
     def _flatten(self) -> None:
-        rows = [torch.cat([p.detach().flatten() for _, p in trainable(m)]) for m in self.members]
+        self.leaves = [[p for _, p in trainable(member)] for member in self.members]
+        rows = [torch.cat([p.detach().flatten() for p in own]) for own in self.leaves]
         self.sizes = [len(row) for row in rows]
         self.flat = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)  # zeros after a smaller member's
         for row, module in zip(self.flat, self.members, strict=True):
@@ -131,8 +135,7 @@ class Ensemble(nn.Module):
         """
         named = trainable(self.members[index])
         size = sum(p.numel() for _, p in named)
-        frozen = "as many trainable parameters as when the ensemble was built (freeze before building it)"
-        expect(size == self.sizes[index], "ensemble", frozen, f"{size}, not {self.sizes[index]}")
+        expect(size == self.sizes[index], *AS_BUILT, f"{size} numbers, not {self.sizes[index]}")
         views = split_row(parameters, self.members[index])
         tensors = {name: view for (name, _), (_, view) in zip(named, views, strict=True)}
         return lambda x: functional_call(self.members[index], {**tensors, **(buffers or {})}, (x,))

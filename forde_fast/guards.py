@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from forde_fast import heap
 from forde_fast.ensemble import Ensemble, trainable
 from forde_fast.validation import reason_of
 
@@ -24,7 +26,7 @@ def check_step(ensemble: Ensemble, g: Tensor, log, step: int, first: int = 0) ->
 
     first  the number of the ensemble's first member among all
     """
-    if not torch.isfinite(g.sum()):  # one pass; a sum may overflow where no number is infinite
+    if not math.isfinite(g.sum()):  # one pass; a sum may overflow where no number is infinite
         for number, (row, member) in enumerate(zip(g, ensemble.members, strict=True)):
             named = [(name, p.numel()) for name, p in trainable(member)]
             parts = row[: sum(size for _, size in named)].split([size for _, size in named])
@@ -33,7 +35,7 @@ def check_step(ensemble: Ensemble, g: Tensor, log, step: int, first: int = 0) ->
                 where = f"step {step}, member {first + number}, layer {bad[-1]}"
                 raise ValueError(f"{where}: expected a finite gradient, got nan or infinity; try a smaller lr")
     for name, number in log._asdict().items():
-        if not torch.isfinite(number):
+        if not math.isfinite(number):
             raise ValueError(f"step {step}: expected a finite {name}, got {float(number)}; try a smaller lr")
 
 
@@ -85,7 +87,7 @@ def fault(module: nn.Module, x: Tensor, y: Tensor, loss) -> tuple[str | None, st
 def check_state(ensemble: Ensemble, step: int, first: int = 0) -> None:
     """ValueError for parameters that are not finite: such a state is not to be kept."""
     flat = ensemble.flat.detach()
-    if torch.isfinite(flat.sum()) or torch.isfinite(flat).all():
+    if math.isfinite(flat.sum()) or torch.isfinite(flat).all():
         return
     for number, member in enumerate(ensemble.members):
         for name, p in trainable(member):
@@ -156,5 +158,6 @@ def available(device: torch.device) -> int:
     if device.type == "cuda":
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(device)[0]
+    heap.trim()
     lines = Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else []
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), 0)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -16,12 +17,15 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from forde_fast import validation
-from forde_fast.ensemble import Ensemble, trainable
+from forde_fast.ensemble import AS_BUILT, Ensemble, trainable
 from forde_fast.spaces import input_of as with_input_of
 from forde_fast.validation import expect
 
 KINDS = ("loop", "stacked", "streams")
 PRECISIONS = ("full", "tf32", "bf16")
+# Parameters of a member up to which all members' graphs may be alive without repulsion, where a larger one's is freed
+# before the next: stacked ResNets (from 0.7 million on) were never the faster ones
+SMALL = 1 << 19
 STREAMS = 4  # so many members at once keep a GPU busy; more only share its caches
 
 
@@ -84,6 +88,7 @@ class Graphs:
         self.groups = (strategy if stacks else LOOP).groups(len(ensemble))
         self.streams = _Streams(x.device if strategy.kind == "streams" and x.is_cuda else None)
         self.losses = parameters.new_empty(len(ensemble))
+        self.together = small(ensemble) and strategy.members_at_a_time is None and not self.streams.pool
         self.alive: dict[int, _Graph] = {}
         self.before: dict[int, tuple] = {}  # buffers and generators, of the groups that are computed twice
 
@@ -94,18 +99,23 @@ class Graphs:
         return x.reshape(-1).view(x.shape)  # oneDNN's backward (torch 2.13) writes beyond its memory
 
     def plain(self, done: Callable[[Tensor], None] = ignored) -> tuple[Tensor, Tensor]:
-        """Without particles: the losses' gradients [M, P] and the losses [M]; one graph is alive at a time.
+        """Without particles: the losses' gradients [M, P] and the losses [M]; one graph is alive at a time, or all of
+        small members, whose backward passes then share a call.
 
         done  called with the rows of each group as soon as they are there
         """
-        g = torch.empty_like(self.parameters)
+        g, graphs = torch.empty_like(self.parameters), []
         with self._running() as on_its_stream:
             for number, group in enumerate(self.groups):
                 with on_its_stream(number):
-                    graph = _Graph(self, group, self._buffers(group))
-                    self.losses[group] = graph.losses.detach()
-                    _write(g[group], graph.pull_back())
-                    done(g[group])
+                    graphs.append(_Graph(self, group, self._buffers(group)))
+                    if self.together and number < len(self.groups) - 1:
+                        continue
+                    for graph, gradients in zip(graphs, _pull_back(graphs), strict=True):
+                        self.losses[graph.group] = graph.losses.detach()
+                        _write(g[graph.group], gradients)
+                        done(g[graph.group])
+                    graphs.clear()
         return g, self.losses
 
     def forward(self, done: Callable[[Tensor], None] = ignored) -> tuple[Tensor, Tensor]:
@@ -181,8 +191,10 @@ class _Graph:
 
     def __init__(self, whole: Graphs, group: slice, buffers: list[dict[str, Tensor]] | None):
         modules, x, y = list(whole.ensemble.members[group]), whole.x, whole.y
+        self.group = group
         self.size = whole.ensemble.sizes[group.start]  # of a row's entries; there are more where another is larger
-        rows = whole.parameters[group, : self.size].detach()
+        own = buffers is None and whole.parameters is whole.ensemble.flat  # one needs no tensors put in place
+        rows = None if own and len(modules) == 1 else whole.parameters[group, : self.size].detach()
         if len(modules) > 1:
             members = _Stacked(modules, rows, buffers)
             loss, space = (
@@ -190,8 +202,7 @@ class _Graph:
                 whole.space and functools.partial(whole.space.stacked, members=len(modules)),
             )
         else:
-            own = buffers is None and whole.parameters is whole.ensemble.flat  # needs no tensors put in place
-            members = _One(modules[0], None if own else rows[0], buffers)
+            members = _One(modules[0], whole.ensemble.leaves[group.start], None if own else rows[0], buffers)
             loss, space = whole.loss, whole.space
         self.leaves, self.particles = members.leaves, None
         forward = _autocast(members, whole.strategy.precision)
@@ -207,23 +218,30 @@ class _Graph:
 
     def pull_back(self, cotangents: Tensor | None = None, keep: bool = False) -> tuple[Tensor, ...]:
         """The leaves' gradients."""
-        outputs, weights = [self.losses.sum()], [None]
+        outputs, weights = [self.losses], [torch.ones_like(self.losses)]
         if cotangents is not None:
             outputs.append(self.particles)
             weights.append(cotangents.view_as(self.particles))
         return torch.autograd.grad(outputs, self.leaves, weights, retain_graph=keep, materialize_grads=True)
 
 
+def _pull_back(graphs: list[_Graph]) -> list[tuple[Tensor, ...]]:
+    """Their leaves' gradients of the losses, in one call of autograd, of which a small network feels each."""
+    leaves = [leaf for graph in graphs for leaf in graph.leaves]
+    losses = [graph.losses for graph in graphs]
+    gradients = iter(torch.autograd.grad(losses, leaves, [*map(torch.ones_like, losses)], materialize_grads=True))
+    return [tuple(itertools.islice(gradients, len(graph.leaves))) for graph in graphs]
+
+
 def _write(out: Tensor, gradients: tuple[Tensor, ...]) -> None:
     """Gradients [...] or [n, ...] one behind the other into out [n, P], zeros behind the last."""
     size = sum(one.numel() for one in gradients) // len(out)
-    out[:, size:].zero_()
+    if size < out.shape[1]:
+        out[:, size:].zero_()
     if not out.is_cuda:
         torch.cat([one.reshape(len(out), -1) for one in gradients], 1, out=out[:, :size])
         return
-    to = out[:, :size].split(
-        [one.numel() // len(out) for one in gradients], 1
-    )  # cat reaches a fifth of the bandwidth
+    to = out[:, :size].split([one.numel() // len(out) for one in gradients], 1)  # cat: a fifth of the bandwidth
     pairs = [(view.view(one.shape), one) for view, one in zip(to, gradients, strict=True)]
     alike = [pair for pair in pairs if pair[1].is_contiguous()]
     if alike:
@@ -236,11 +254,14 @@ def _write(out: Tensor, gradients: tuple[Tensor, ...]) -> None:
 class _One:
     """One member as a function of x [B, ...]: itself, or with other parameters [P] and buffers in it."""
 
-    def __init__(self, module: nn.Module, row: Tensor | None, buffers: list[dict[str, Tensor]] | None):
-        named = trainable(module)
-        self.module, self.tensors = module, dict(buffers[0]) if buffers else {}
-        self.leaves = [p for _, p in named] if row is None else _leaves(named, row)
-        if row is not None:
+    def __init__(self, module: nn.Module, leaves: list[Tensor], row: Tensor | None,
+                 buffers: list[dict[str, Tensor]] | None):  # fmt: skip
+        self.module, self.leaves, self.tensors = module, leaves, dict(buffers[0]) if buffers else {}
+        if row is None:
+            expect(all(p.requires_grad for p in leaves), *AS_BUILT, "some that are frozen now")
+        else:
+            named = trainable(module)
+            self.leaves = _leaves(named, row)
             self.tensors |= {name: leaf for (name, _), leaf in zip(named, self.leaves, strict=True)}
 
     def __call__(self, x: Tensor, input_of: str | None = None) -> Tensor | tuple[Tensor, Tensor]:
@@ -305,8 +326,7 @@ class _Stacked:
 def _leaves(named: list[tuple[str, nn.Parameter]], rows: Tensor) -> list[Tensor]:
     """Parameters [P] or [n, P] as leaves of a graph, each [...] or [n, ...]."""
     size = sum(p.numel() for _, p in named)
-    frozen = "as many trainable parameters as when the ensemble was built (freeze before building it)"
-    expect(size == rows.shape[-1], "ensemble", frozen, f"{size}, not {rows.shape[-1]}")
+    expect(size == rows.shape[-1], *AS_BUILT, f"{size} numbers, not {rows.shape[-1]}")
     views = rows.split([p.numel() for _, p in named], -1)
     return [
         v.view(rows.shape[:-1] + p.shape).detach().requires_grad_() for v, (_, p) in zip(views, named, strict=True)
@@ -315,6 +335,10 @@ def _leaves(named: list[tuple[str, nn.Parameter]], rows: Tensor) -> list[Tensor]
 
 def _stack(dicts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.stack([one[name].detach() for one in dicts]) for name in dicts[0]}
+
+
+def small(ensemble: Ensemble) -> bool:
+    return max(ensemble.sizes) <= SMALL
 
 
 def alike(ensemble: Ensemble) -> bool:

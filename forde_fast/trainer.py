@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from forde_fast import graph, guards, memory, second_order, validation
+from forde_fast import graph, guards, heap, memory, second_order, validation
 from forde_fast.choice import choose
 from forde_fast.ensemble import Ensemble, evaluation_mode, split_row
 from forde_fast.methods import Method, check_lengthscale, resolve
@@ -69,7 +69,8 @@ class Trainer:
     loss              (outputs, y) -> [], mean over the batch
     seed              of what is random in `fit` (dropout); the loader has its own
     accelerate        swap in layers with a fast second-order pass (see `forde_fast.accelerate`, whose report is
-                      `acceleration`) where anything repels, or on a GPU; False: leave the ensemble's layers
+                      `acceleration`) where anything repels, on a GPU, or where "auto" finds them faster; False:
+                      leave the ensemble's layers
     strategy          how the members are computed: "loop", "stacked" or "streams" (see `Strategy`), or "auto", which
                       tries a few steps of each at the first batch and takes the fastest; it is a loop for larger
                       members without repulsion and where members draw random numbers. They differ in rounding, so
@@ -141,8 +142,9 @@ class Trainer:
         self.members = mesh.members(ensemble)  # M; the ensemble has those of this rank
         self.objective = Objective(method, lengthscale, repulsion_weight, eps, backend, loss,
                                    repulsion_every, repulsion_samples)  # fmt: skip
-        # where nothing repels there is no second-order pass, and training on a CPU stays plain PyTorch's to the byte;
-        # on a GPU the layers pay in the first order too
+        # where nothing repels there is no second-order pass, and training on a CPU stays plain PyTorch's to the byte
+        # unless strategy="auto" finds other layers faster; on a GPU the layers pay in the first order too
+        self._may_accelerate = accelerate
         self._accelerate = accelerate and (self.objective.repels(self.members) or ensemble.flat.is_cuda)
         self.acceleration = second_order.accelerate(ensemble) if self._accelerate else second_order.Acceleration()
         mesh.prepare(ensemble, strategy)
@@ -187,12 +189,15 @@ class Trainer:
 
     def _choose(self, x: Tensor, y: Tensor) -> None:
         """How steps are computed from now on."""
+        if not x.is_cuda:
+            heap.keep()
         last = self._channels_last
         if last is None:
             able = all(getattr(member, "channels_last", False) for member in self.ensemble.members)
             last = x.is_cuda and able and self._strategy.precision != "full"
         strategy = replace(self._strategy, channels_last=last)
-        choice = choose(self.strategy, strategy, self.ensemble, self.objective, x, y, self._accelerate)
+        accelerate = self._may_accelerate if self.strategy == "auto" else self._accelerate
+        choice = choose(self.strategy, strategy, self.ensemble, self.objective, x, y, accelerate)
         self._strategy, accelerate, self.strategy_report = choice
         self.strategy, self._accelerate = self._strategy.kind, bool(accelerate)
         self._strategy = memory.within(self._memory_budget, self._strategy, self.ensemble, self.objective, x, y)
@@ -280,6 +285,7 @@ class Trainer:
                     on_epoch(epoch, log)
         finally:
             self.position = Position()
+            heap.trim()
 
     def _fit_epoch(self, loader, epoch: int, rate: float, on_step, random: list[Tensor]) -> None:
         device, loader_epoch = self.ensemble.flat.device, getattr(loader, "epoch", None)
@@ -342,9 +348,9 @@ class Trainer:
         self.position, self._random = Position(*state["position"]), state["random"] or self._drawn_anew()
         self._seen = Log(*state["seen"].to(self.ensemble.flat.device, copy=True))
         self.strategy, self.strategy_report = state["strategy"], ""  # how the interrupted run was computed
-        if self._accelerate and not state["accelerate"]:
-            second_order.decelerate(self.ensemble)
-            self._accelerate = False
+        if self._may_accelerate and self._accelerate != state["accelerate"]:
+            (second_order.accelerate if state["accelerate"] else second_order.decelerate)(self.ensemble)
+            self._accelerate = state["accelerate"]
         self._log_sum = state["log_sum"].to(self._log_sum, copy=True)
 
     def _drawn_anew(self) -> list[Tensor]:

@@ -1,5 +1,6 @@
 """Checks of what comes in: one line that names the argument, what was expected and what came."""
 
+import math
 import numbers
 
 import torch
@@ -59,7 +60,7 @@ def particles_and_others(particles: Tensor, others: Tensor | None, dimension: in
 
 def finite(tensor: Tensor, name: str) -> None:
     """No NaN and no infinity; the message says where the first one is."""
-    if torch.isfinite(tensor.sum()):  # one pass; a sum may overflow where no number is infinite
+    if math.isfinite(tensor.sum()):  # one pass; a sum may overflow where no number is infinite
         return
     bad = ~torch.isfinite(tensor)
     if bad.any():

@@ -210,6 +210,17 @@ def test_frozen_parameters_stay_outside():
     assert torch.equal(ensemble.functional(1, ensemble.flat[1])(x), wanted)
 
 
+def test_parameters_frozen_after_building_are_an_error_and_stay():
+    ensemble = make()
+    trainer, before = ff.Trainer(ensemble), ensemble.flat.clone()
+    next(ensemble.member(1).parameters()).requires_grad_(False)
+    with pytest.raises(
+        ValueError, match=r"ensemble: expected .* \(freeze before building it\), got some that are frozen"
+    ):
+        trainer.step(torch.randn(4, 6), torch.randint(3, (4,)))
+    assert torch.equal(ensemble.flat, before)
+
+
 def test_frozen_parameters_may_be_shared():
     backbone = nn.Linear(6, 4).requires_grad_(False)
     ensemble = ff.Ensemble.from_modules([nn.Sequential(backbone, nn.Linear(4, 3)) for _ in range(2)])

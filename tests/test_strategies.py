@@ -8,7 +8,7 @@ from torch import nn
 from trainer_cases import assert_members_have, batch, by_autograd, golden, net, published_trainer, relative
 
 import forde_fast as ff
-from forde_fast import choice
+from forde_fast import choice, strategies
 from forde_fast.step import SGD, Objective, gradient, init, update
 from forde_fast.strategies import LOOP, Strategy
 
@@ -255,8 +255,30 @@ def test_auto_without_repulsion_is_the_deep_ensemble_and_stacks_small_members(mo
     assert torch.equal(trainers[0].ensemble.flat, trainers[1].ensemble.flat)
     deep = Objective(ff.Method(None))
     assert choice.choose("auto", LOOP, ff.Ensemble(net, 1), deep, x, y, accelerate=False).strategy == LOOP
-    monkeypatch.setattr(choice, "SMALL", 10)
+    monkeypatch.setattr(strategies, "SMALL", 10)
     assert choice.choose("auto", LOOP, ensemble, deep, x, y, accelerate=False).strategy == LOOP
+
+
+@pytest.mark.parametrize("accelerate", [True, False])
+def test_auto_without_repulsion_stacks_with_fast_layers_if_it_may(monkeypatch, accelerate):
+    monkeypatch.setattr(choice, "_measured", {})
+    monkeypatch.setattr(choice, "_measure", lambda candidates, *_: {n: 1.0 + (n == "loop") for n in candidates})
+    ensemble, (x, y) = ff.Ensemble(lambda: ff.models.cnn(4, 3, 4), 3).double(), batch(6, F64)
+    options = {"method": "de", "strategy": "auto", "accelerate": accelerate}
+    plain, trainer, resumed = (
+        ff.Trainer(copy.deepcopy(ensemble), **own) for own in ({"method": "de"}, options, options)
+    )
+    assert type(trainer.ensemble.member(0)[0]) is nn.Conv2d
+    for own in (plain, trainer):
+        own.step(x, y)
+    resumed.load_state_dict(copy.deepcopy(trainer.state_dict()))
+    for own in (trainer, resumed):
+        assert own.strategy == "stacked"
+        assert (type(own.ensemble.member(0)[0]) is nn.Conv2d) != accelerate
+    assert relative(trainer.ensemble.flat, plain.ensemble.flat) < 1e-12
+    for own in (trainer, resumed):
+        own.step(x, y)
+    assert torch.equal(trainer.ensemble.flat, resumed.ensemble.flat)
 
 
 def test_members_in_other_modes_are_not_stacked():
