@@ -26,7 +26,7 @@ def curves(panels: Mapping[str, Mapping[str, tuple]], path: str | Path, xlabel: 
             style |= {"marker": marker, "markersize": 3, "capsize": 2, "elinewidth": 0.8}
             handles[label] = axes.errorbar(x, y, bars, **style)
         values = np.concatenate([np.asarray(line[1], dtype=float) for line in lines.values()])
-        if values.min() > 0 and values.max() > 100 * values.min():
+        if values.min() > 0 and values.max() > 30 * values.min():
             axes.set_yscale("log")
         axes.set_title(title, fontsize=10)
         axes.set_xlabel(xlabel, fontsize=9)

@@ -24,7 +24,7 @@ TOY_MEMBERS, TOY_STEPS = 16, 600
 def activation_maps(lab: Lab) -> str:
     """Gradient-weighted class-activation maps of the members at several depths, and how far they differ."""
     if lab.setting.model == "mlp":  # which has no maps
-        lab.setting = replace(lab.setting, model="cnn", width=8)
+        lab.setting = replace(lab.setting, model="cnn", width=4)
     rows, depths = [], []
     images, labels = lab.data.test_images[:200], lab.data.test_labels[:200]
     x, y = lab.normalise(images).to(lab.device), labels.to(lab.device)
