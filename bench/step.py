@@ -6,6 +6,8 @@ of exact FoRDE, which is 2 x the faster of our own and the plain deep-ensemble s
 
 Providers take turns in one process. `lazy` is the mean over four steps with repulsion_every=4; `compiled-de` is the
 plain deep-ensemble step through torch.compile (a plain FoRDE step cannot be compiled: it differentiates twice);
+`de-auto` is `de` with strategy="auto". Ours keep what memory they free (`forde_fast.heap`), plain ones give blocks of
+32 MB and more back, as they do by default.
 `de-graph` and `graph` are `de` and `forde` as CUDA graphs, `streams-graph` and its like have members on several
 streams in them. The memory is what one step needs beyond what is held
 before it. On a GPU, `of_peak` is the speed of 3 forward passes a sample, or 6 with repulsion, as a share of a large
@@ -27,7 +29,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import forde_fast as ff
-from forde_fast import models, reference
+from forde_fast import heap, models, reference
 from forde_fast import step as core
 from forde_fast.precision import products_in
 from forde_fast.strategies import Graphs
@@ -50,8 +52,15 @@ CASES = {  # model, width, members, batch, input
 SHORT = {"cpu": "mlp,cnn,cnn-digits,resnet18-16", "cuda": "mlp,resnet18-64-10"}  # a default run: 3 minutes, 1 minute
 GRAPHS = ("de-graph", "graph", "de-streams-graph", "streams-graph", "lazy-graph")  # of a default run on a GPU
 LAZY = ("lazy", "lazy-graph")
+DE = (
+    "plain-de",
+    "de",
+    "de-auto",
+    "de-graph",
+    "de-streams-graph",
+)  # the fastest of them is what others are held against
 PROVIDERS = ("plain-de", "de", "plain-forde", "forde", "stacked", "auto", "lazy")
-OPTIONAL = ("compiled-de", "plain-layers", "one-at-a-time", "streams", *GRAPHS)
+OPTIONAL = ("compiled-de", "de-auto", "plain-layers", "one-at-a-time", "streams", *GRAPHS)
 
 
 def plain_step(members, optimizer, x, y, repulsive):
@@ -77,15 +86,16 @@ def steps(build, members, x, y, names, precision):
         modules = [m.train() for m in ff.Ensemble(build, members).to(x.device).members]
         return modules, torch.optim.SGD([p for m in modules for p in m.parameters()], 0.01, 0.9, 0, 5e-4, True)
 
-    def autocast(call):
+    def by_itself(call):
         def run():
-            with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16"):
+            with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16"), heap.large_given_back():
                 call()
 
         return run
 
     options = {
         "de": {"method": "de"},
+        "de-auto": {"method": "de", "strategy": "auto"},
         "forde": {},
         "stacked": {"strategy": "stacked"},
         "streams": {"strategy": "streams"},
@@ -103,10 +113,10 @@ def steps(build, members, x, y, names, precision):
     for name in names:
         if name == "compiled-de":
             own = plain()
-            calls[name] = autocast(torch.compile(lambda own=own: plain_step(*own, x, y, False)))
+            calls[name] = by_itself(torch.compile(lambda own=own: plain_step(*own, x, y, False)))
         elif name.startswith("plain-") and name != "plain-layers":
             own, repels = plain(), name == "plain-forde"
-            calls[name] = autocast(lambda own=own, repels=repels: plain_step(*own, x, y, repels))
+            calls[name] = by_itself(lambda own=own, repels=repels: plain_step(*own, x, y, repels))
         else:
             own = ff.Ensemble(build, members).to(x.device)
             options[name] |= {"precision": precision, "cuda_graph": name in GRAPHS}
@@ -208,7 +218,7 @@ def measure(case: str, names, given) -> list[dict]:
     for name in LAZY:
         times[name] = [t / 4 for t in times.get(name, [])]
     times = {name: own for name, own in times.items() if own}
-    de = [name for name in ("plain-de", "de", "de-graph", "de-streams-graph") if name in times]
+    de = [name for name in DE if name in times]
     floor = [2 * min(pair) for pair in zip(*(times[name] for name in de), strict=True)]
     rows = []
     for name in times:
@@ -221,7 +231,7 @@ def measure(case: str, names, given) -> list[dict]:
         else:
             row["peak_mb"] = round(peak_megabytes(calls[name], given.device), 1)
         if given.device == "cuda":
-            plain = members == 1 or name in ("plain-de", "compiled-de", "de", "de-graph", "de-streams-graph")
+            plain = members == 1 or name in (*DE, "compiled-de")
             passes = 3 if plain else 3.75 if name in LAZY else 6
             row["of_peak"] = round(passes * flop * members * batch / row["ms"] * 1e3 / peak_flop(given.precision), 3)
         if floor:

@@ -6,11 +6,14 @@ of a FoRDE step of a resnet18 on two cores, a fifth of a stacked small network's
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import os
+from collections.abc import Iterator
 
-TRIM_THRESHOLD, MMAP_MAX = -1, -4  # of malloc.h
+TRIM_THRESHOLD, MMAP_THRESHOLD, MMAP_MAX = -1, -3, -4  # of malloc.h
+KEPT = ((TRIM_THRESHOLD, -1), (MMAP_MAX, 0))
 CHOSEN = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")
 
 
@@ -23,7 +26,19 @@ def keep() -> bool:
     library = _glibc()
     if library is None or any(name in os.environ for name in CHOSEN):
         return False
-    return bool(library.mallopt(TRIM_THRESHOLD, -1) and library.mallopt(MMAP_MAX, 0))
+    return all(library.mallopt(option, value) for option, value in KEPT)
+
+
+@contextlib.contextmanager
+def large_given_back() -> Iterator[None]:
+    """In here, blocks of 32 MB and more go back to the system once they are free, as glibc has it by default."""
+    if not keep():
+        yield
+        return
+    for option, value in ((MMAP_MAX, 1 << 16), (MMAP_THRESHOLD, 1 << 25)):
+        _glibc().mallopt(option, value)
+    yield
+    _glibc().mallopt(MMAP_MAX, 0)
 
 
 def trim() -> None:

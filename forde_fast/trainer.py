@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -14,11 +13,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from forde_fast import graph, guards, heap, memory, second_order, validation
+from forde_fast.batches import Check, read
 from forde_fast.choice import choose
-from forde_fast.ensemble import Ensemble, evaluation_mode, split_row
+from forde_fast.ensemble import Ensemble, split_row
 from forde_fast.methods import Method, check_lengthscale, resolve
 from forde_fast.repulsion import check_backend
-from forde_fast.spaces import InputGradients
 from forde_fast.step import (
     ALONE,
     MEASURED,
@@ -34,7 +33,7 @@ from forde_fast.step import (
     update,
 )
 from forde_fast.strategies import KINDS, Strategy, random_state, set_random_state
-from forde_fast.validation import expect, reason_of
+from forde_fast.validation import expect
 
 __all__ = ["MEASURED", "RATIO_EVERY", "SGD", "Log", "Objective", "State", "Trainer", "gradient", "init",
            "published_schedule", "update"]  # fmt: skip
@@ -160,15 +159,14 @@ class Trainer:
         self.rows = 0  # members x samples of the last step
         self.position = Position()  # within the present call of `fit`
         self._random: list[Tensor] = []  # the generators' states at a `position` that was loaded
-        self._classes: int | None = None
-        self._shape: torch.Size | None = None  # of the samples that the members were tried on
+        self._check = Check(ensemble)
         self._seen = Log(*torch.zeros(len(Log._fields), device=ensemble.flat.device))
         # of the present epoch's logs
         self._log_sum = torch.zeros(len(Log._fields), dtype=torch.float64, device=ensemble.flat.device)
 
     def step(self, x: Tensor, y: Tensor, rate: float = 1.0) -> Log:
         """One update on the batch x [B, ...], y [B], with the learning rate times `rate`."""
-        self._check(x, y)
+        self._check(x, y, self.objective)
         if not self.ensemble.training:
             self.ensemble.train()
         if not self.strategy_report:
@@ -296,7 +294,7 @@ class Trainer:
                 for _ in itertools.islice(batches, self.position.batch):
                     pass
                 set_random_state(random, device)
-            for x, y in _read(batches, epoch, self.position.batch):
+            for x, y in read(batches, epoch, self.position.batch):
                 log = self.step(x.to(device), y.to(device), rate)
                 self._log_sum += torch.stack(log)
                 self.position = Position(epoch, self.position.batch + 1, loader_epoch)
@@ -368,43 +366,3 @@ class Trainer:
             group["lr"] = lr * rate
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-
-    def _check(self, x: Tensor, y: Tensor) -> None:
-        flat = self.ensemble.flat
-        expect(isinstance(x, Tensor), "x", "a torch.Tensor", type(x).__name__, TypeError)
-        validation.tensor_of_floats(x, "x", ", ".join(["B"] + ["..."] * max(x.ndim - 1, 1)))
-        expect(x.dtype == flat.dtype, "x", f"dtype {flat.dtype}, as the members", x.dtype, TypeError)
-        expect(x.device == flat.device, "x", f"device {flat.device}, as the members", x.device)
-        expect(isinstance(y, Tensor), "y", "a torch.Tensor", type(y).__name__, TypeError)
-        expect(y.shape[:1] == x.shape[:1], "y", f"{len(x)} of them, one per sample", list(y.shape))
-        expect(y.device == x.device, "y", f"device {x.device}, as x", y.device)
-        space, size = self.objective.method.space, math.prod(x.shape[1:])
-        by_input = isinstance(space, InputGradients)
-        dimension = getattr(self.objective.lengthscale, "dimension", None) if by_input else None
-        expect(dimension in (None, size), "x", f"{dimension} values per sample, as the lengthscale", size)
-        if self._shape != x.shape[1:]:
-            with torch.no_grad(), evaluation_mode(self.ensemble):
-                self._classes = self.ensemble(x).shape[-1]
-            self._shape = x.shape[1:]
-        elif x.is_cuda:
-            return  # values are looked at once: each look would wait for the device
-        validation.finite(x, "x")
-        soft = y.is_floating_point() and y.ndim > 1
-        indexed = by_input and not callable(space.score)
-        if indexed or (self.objective.loss is F.cross_entropy and not soft):
-            validation.labels_in_range(y, self._classes, "y")
-            expect(y.dtype == torch.int64, "y", "dtype torch.int64", y.dtype, TypeError)
-
-
-def _read(batches: Iterator, epoch: int, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batches, and where they stop coming, one error that says where."""
-    while True:
-        try:
-            x, y = next(batches)
-        except StopIteration:
-            return
-        except Exception as error:
-            where, reason = f"epoch {epoch}, batch {batch}", f"{type(error).__name__}: {reason_of(error)}"
-            raise RuntimeError(f"loader: expected a batch (x, y) in {where}, got {reason}") from error
-        yield x, y
-        batch += 1
