@@ -13,7 +13,7 @@ from setuptools import find_packages, setup
 BUILD = os.environ.get("FORDE_FAST_BUILD", "auto")
 
 
-CXX_FLAGS = ["-O3", "-Wall", "-fvisibility=hidden"]
+CXX_FLAGS = ["-O3", "-g0", "-Wall", "-fvisibility=hidden"]  # Python's own flags have -g
 # fused_kernel.h says why multiplications and additions are not contracted.
 NVCC_FLAGS = ["-O3", "-fmad=false", "--expt-relaxed-constexpr", "-Werror", "all-warnings"]
 # Nothing in the kernels is particular to one chip: they are compiled once and assembled for each.

@@ -53,7 +53,7 @@ def _train(command):
     _add_config(command, skip=())
 
     def call(options) -> int:
-        run = _before_work(options, lambda: _new_run(options, _settings(options)))
+        run = _before_work(options, lambda: _prepared(options, _new_run(options, _settings(options))))
         metrics = _train_run(options, run, f"forde-fast train --resume --out {shlex.quote(str(run.folder))}")
         return _show(options, {run.config.method: metrics}, run.folder)
 
@@ -68,14 +68,15 @@ def _compare(command):
     def call(options) -> int:
         from forde_fast import plots
         from forde_fast.config import FIELDS
+        from forde_fast.validation import expect
 
         def prepare():
             settings = _settings(options)
             folder = Path(settings.get("out", FIELDS["out"].default))
             names = options.methods.split(",")
-            return folder, [
-                _new_run(options, {**settings, "method": name, "out": str(folder / name)}) for name in names
-            ]
+            expect(len(set(names)) == len(names), "methods", "each method once", options.methods)
+            runs = [_new_run(options, {**settings, "method": name, "out": str(folder / name)}) for name in names]
+            return folder, [_prepared(options, run) for run in runs]
 
         folder, runs = _before_work(options, prepare)
         results = {run.config.method: _train_run(options, run, "the same command with --resume") for run in runs}
@@ -121,13 +122,18 @@ def _corrupt(command):
 
     def call(options) -> int:
         from forde_fast.data import load, write_corrupted
-        from forde_fast.validation import expect, whole
+        from forde_fast.files import make_folder
+        from forde_fast.validation import expect, one_of, whole
 
         def work():
+            one_of(options.data, "data", DATASETS)
             data = load(options.data, options.data_dir, options.download)
             expect(not data.table, "data", "images", "a table of features")
             if options.test_size is not None:
                 whole(options.test_size, "test_size")
+                most = len(data.test_images)
+                expect(options.test_size <= most, "test_size", f"<= {most}", options.test_size)
+            make_folder(options.out)
             images, labels = (part[: options.test_size].numpy() for part in (data.test_images, data.test_labels))
             names = options.names.split(",") if options.names else CORRUPTIONS
             write_corrupted(options.out, images, labels, names, options.preset, options.seed, print)
@@ -292,7 +298,10 @@ def _new_run(options, settings: dict):
     options.resume |= int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0  # torchrun --max-restarts
     if options.resume:
         settings = resumed(settings, Path(settings.get("out", FIELDS["out"].default)))
-    run = Run(TrainConfig(**settings))
+    return Run(TrainConfig(**settings))
+
+
+def _prepared(options, run):
     run.prepare(options.resume)
     return run
 

@@ -61,6 +61,12 @@ class TrainConfig:
     out: str = "runs/first"
 
     def __post_init__(self):
+        for name, field in FIELDS.items():
+            value, kind = getattr(self, name), kind_of(name)
+            right = type(value) is kind or (kind is float and type(value) is int)
+            right |= value is None and field.type.endswith("| None")
+            expect(right, name, kind.__name__, repr(value)[:80], TypeError)
+        expect(self.out != "", "out", "a folder", "an empty name")
         for name, valid in (
             ("data", DATASETS),
             ("model", MODELS),
@@ -84,8 +90,9 @@ class TrainConfig:
             "members_at_a_time",
         ):
             value = getattr(self, name)
-            expect(value is None or (isinstance(value, int) and value >= 1), name, "a whole number >= 1", value)
-        expect(isinstance(self.seed, int) and self.seed >= 0, "seed", "a whole number >= 0", self.seed)
+            if value is not None:
+                validation.whole(value, name)
+        validation.whole(self.seed, "seed", least=0)
         validation.positive(self.lr, "lr")
         validation.positive(self.weight_decay, "weight_decay", allow_zero=True)
         validation.positive(self.repulsion_weight, "repulsion_weight", allow_zero=True)
@@ -118,10 +125,7 @@ def read(path: str | Path) -> dict:
     expect(Path(path).is_file(), "config", "a TOML file", path, FileNotFoundError)
     try:
         settings = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except (
-        ValueError,
-        RecursionError,
-    ) as error:  # a number of too many digits, or brackets in brackets, among others
+    except (ValueError, RecursionError) as error:  # also of too many digits, or brackets in brackets
         raise ValueError(f"config: expected TOML, got {path} ({' '.join(str(error).split())})") from None
     for name, value in settings.items():
         validation.one_of(name, f"config {path}", FIELDS)

@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+from forde_fast.validation import expect
+
 
 def write(path: str | Path, content: bytes) -> None:
     """Write beside, then rename: a full disk, a kill or a power cut leaves what was there, or all of the new."""
@@ -16,6 +18,20 @@ def write(path: str | Path, content: bytes) -> None:
         _sync_folder(part.parent)
     finally:
         part.unlink(missing_ok=True)
+
+
+def make_folder(path: str | Path, name: str = "out") -> Path:
+    """The folder, made where it is not there, in which files can be written: else FileExistsError or OSError in one
+    line that has the argument's `name`."""
+    folder = Path(path)
+    expect(not folder.is_file(), name, "a folder", f"the file {folder}", FileExistsError)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        reason = "" if os.access(folder, os.W_OK) else "it is read-only"
+    except OSError as error:
+        reason = error.strerror
+    expect(not reason, name, "a folder that can be written", f"{folder} ({reason})", OSError)
+    return folder
 
 
 def _sync_folder(folder: Path) -> None:

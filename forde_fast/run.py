@@ -35,7 +35,7 @@ from forde_fast.data import (
 from forde_fast.data.corruptions.weather import texture_folder
 from forde_fast.ensemble import Ensemble
 from forde_fast.evaluation import METRICS, score_members
-from forde_fast.files import write
+from forde_fast.files import make_folder, write
 from forde_fast.methods import SHARED, make
 from forde_fast.scoring import flat, score_run
 from forde_fast.signals import Interrupted, StopSignals
@@ -63,7 +63,7 @@ class Run:
         self.state: dict | None = None
         self.damaged: list[Path] = []
         self._prepared = False
-        self.device = _device(config.device)
+        self.device = find_device(config.device)
         self.mesh, self._shared = ALONE, SHARED.get(config.method, ()) if config.repulsion_weight else ()
         if distributed.launched():
             parts = config.data_parts or distributed.best_parts(
@@ -84,6 +84,7 @@ class Run:
             rest, held = map(torch.from_numpy, stratified(self.labels.numpy(), config.validation, config.seed))
         self.valid_images, self.valid_labels = self.images[held], self.labels[held]
         self.images, self.labels = self.images[rest], self.labels[rest]
+        expect(len(self.images) >= 2, "train_size", "2 training images or more", len(self.images))
         self.normalisation = self.data.normalisation or Normalisation.fit(self.images)
         if self.data.table:
             shape = (self.images.shape[1], 1, 1)
@@ -122,7 +123,7 @@ class Run:
 
     def _look(self, resume: bool) -> tuple[int | None, list[str]]:
         """The step from which to go on, and damaged checkpoints."""
-        expect(not self.folder.is_file(), "out", "a folder", f"the file {self.folder}", FileExistsError)
+        make_folder(self.folder)
         if not resume:
             held = [name for name in FILES if (self.folder / name).exists()]
             got = f"{self.folder}, which holds {', '.join(held)} (--resume goes on with it)"
@@ -156,7 +157,6 @@ class Run:
         if self.finished:
             return json.loads((self.folder / "metrics.json").read_text(encoding="utf-8"))
         if self.mesh.rank == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
             write(self.folder / "config.toml", configuration.to_toml(self.config).encode())
         trainer, loader = self._trainer_and_loader()
         seconds = 0.0
@@ -332,7 +332,7 @@ def open_run(folder: str | Path, **others: str | None) -> Run:
     return run
 
 
-def _device(name: str) -> torch.device:
+def find_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and distributed.launched():  # one for each process of this machine

@@ -139,6 +139,7 @@ BAD = [
     (["--alpha", "1.5"], "alpha: expected a number from 0 to 1"),
     (["--lr", "fast"], "--lr: invalid float value: 'fast'"),
     (["--train-size", "1000000"], "train_size: expected <= 2000"),
+    (["--train-size", "1"], "train_size: expected 2 training images or more, got 1"),
     (["--device", "tpu9"], "device: expected one that is here"),
     (["--data", "fashion-mnist", "--data-dir", "/nowhere"], "no such"),
     (["missing.toml"], "config: expected a TOML file, got missing.toml"),
@@ -149,6 +150,36 @@ BAD = [
 def test_bad_input_is_one_line_and_status_2(arguments, message, tmp_path, capsys):
     assert message in refused(capsys, "train", *arguments, "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_place_where_nothing_can_be_written(tmp_path, capsys):
+    file = tmp_path / "file"
+    file.write_text("kept")
+    for command in ("train", "compare", ("reproduce", "small"), ("experiment", "basis"), "corrupt"):
+        for place in (file, file / "below"):
+            arguments = [command] if isinstance(command, str) else command
+            assert "out: expected a folder" in refused(capsys, *arguments, "--out", place)
+    assert "out: expected a folder, got an empty name" in refused(capsys, "train", "--out", "")
+    assert file.read_text() == "kept"
+
+
+def test_other_commands_check_their_settings_first(tmp_path, capsys):
+    for arguments, message in (
+        (("compare", "--methods", "de,de"), "methods: expected each method once"),
+        (("reproduce", "small", "--device", "tpu9"), "device: expected one that is here"),
+        (("experiment", "basis", "--members", 0), "members: expected a whole number >= 1, got 0"),
+        (("experiment", "basis", "--seeds", 0), "seeds: expected a whole number >= 1, got 0"),
+        (("corrupt", "--test-size", 1001), "test_size: expected <= 1000, got 1001"),
+        (("corrupt", "--data", "mnist"), "data: expected one of fashion-mini"),
+    ):
+        assert message in refused(capsys, *arguments, "--out", tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("name", "value"), [("members", 2.0), ("lr", "0.1"), ("seed", True), ("data", None)])
+def test_a_setting_of_another_type_is_named(name, value):
+    with pytest.raises(TypeError, match=f"{name}: expected (int|float|str), got"):
+        TrainConfig(**{name: value})
 
 
 def test_bad_files(tmp_path, capsys):

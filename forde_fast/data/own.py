@@ -187,6 +187,7 @@ def _parts(x, y, test_x, test_y, classes) -> Parts:
     where there is none; every class has samples to train on."""
     counts = np.bincount(y, minlength=len(classes))
     missing = [name for name, count in zip(classes, counts, strict=True) if count == 0]
+    expect(len(classes) >= 2, "labels", "2 classes or more", len(classes))
     expect(not missing, "labels", "samples of every class", f"none of class {', '.join(missing)[:80]}")
     if test_x is None:
         expect(int(counts.min()) >= 2, "labels", "2 samples or more of every class", int(counts.min()))

@@ -104,7 +104,7 @@ def experiment(command):
         from forde_fast import cli
         from forde_fast.experiments.lab import SETTINGS, Lab
         from forde_fast.experiments.registry import run
-        from forde_fast.run import _device
+        from forde_fast.run import find_device
         from forde_fast.validation import one_of
 
         def prepare():
@@ -114,7 +114,7 @@ def experiment(command):
             given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
             out = Path(options.out or f"runs/experiments/{options.name}")
             say = functools.partial(print, file=sys.stderr, flush=True)
-            return Lab(replace(setting, **given), out, options.data_dir, _device(options.device), say)
+            return Lab(replace(setting, **given), out, options.data_dir, find_device(options.device), say)
 
         print(run(options.name, cli._before_work(options, prepare)))
         return 0

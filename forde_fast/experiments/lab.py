@@ -14,14 +14,16 @@ import torch
 from torch import Tensor
 
 from forde_fast import methods, models
+from forde_fast.config import FIELDS, TrainConfig
 from forde_fast.data import Loader, Normalisation, load
 from forde_fast.data.corruptions import CORRUPTIONS
 from forde_fast.ensemble import Ensemble
 from forde_fast.experiments.corrupted import Corrupted
 from forde_fast.experiments.summary import interval
-from forde_fast.files import write
+from forde_fast.files import make_folder, write
 from forde_fast.methods import Method
 from forde_fast.trainer import Log, Trainer
+from forde_fast.validation import whole
 
 
 @dataclass(frozen=True)
@@ -63,13 +65,14 @@ class Lab:
 
     def __init__(self, setting: Setting, out: Path, data_dir: str | None = None, device: str = "cpu",
                  say: Callable[[str], None] = lambda text: None):  # fmt: skip
-        self.setting, self.out, self.device, self.say = setting, Path(out), torch.device(device), say
+        TrainConfig(**{name: value for name, value in vars(setting).items() if name in FIELDS})  # its checks
+        whole(setting.seeds, "seeds")
+        self.setting, self.out, self.device, self.say = setting, make_folder(out), torch.device(device), say
         self.data = load(setting.data, data_dir)
         self.normalise = Normalisation.fit(self.data.train_images)
         self.x = self.normalise(self.data.train_images).to(self.device)
         self.y = self.data.train_labels.to(self.device)
         self.classes, self.shape = len(self.data.classes), tuple(self.x.shape[1:])
-        self.out.mkdir(parents=True, exist_ok=True)
 
     @property
     def seeds(self) -> range:

@@ -20,8 +20,8 @@ from forde_fast.data.corruptions import CORRUPTIONS, EXTRA, HARDER, STANDARD
 from forde_fast.evaluation import mean_scores, score_corrupted, score_members
 from forde_fast.experiments.corrupted import Corrupted
 from forde_fast.experiments.tables import Table
-from forde_fast.files import write
-from forde_fast.run import Run
+from forde_fast.files import make_folder, write
+from forde_fast.run import Run, find_device
 from forde_fast.scoring import diversity, flat
 from forde_fast.validation import expect
 
@@ -94,6 +94,7 @@ class Reproduction:
     def __init__(self, table: Table, folder: Path, data_dir: str | None = None, device: str = "auto",
                  say: Callable[[str], None] = lambda text: None, corrupted_dir: str | None = None):  # fmt: skip
         self.table, self.folder, self.data_dir, self.device, self.say = table, Path(folder), data_dir, device, say
+        find_device(device)
         self.data: Images = load(table.data, data_dir)
         self.corrupted = None
         if corrupted_dir is not None:
@@ -105,8 +106,9 @@ class Reproduction:
             for name, own in settings.items():
                 same = name in GROWS or own == held.get(name)
                 expect(same, name, f"{held.get(name)} as the table in {folder} has it", own)
-        elif self.folder.exists() and any(self.folder.iterdir()):
+        elif self.folder.is_dir() and any(self.folder.iterdir()):
             expect(False, "out", "a new folder, or one with a table", folder, FileExistsError)
+        make_folder(self.folder)
         self.settings = settings
         self._validation: dict[int, Corrupted] = {}
         self.done = self.skipped = 0
@@ -121,7 +123,6 @@ class Reproduction:
 
     def run(self) -> dict[str, dict]:
         """{row: {"method", "setting", "tuning", "metrics": [one per seed]}}; writes table.json and rows.json."""
-        self.folder.mkdir(parents=True, exist_ok=True)
         write(self.folder / "table.json", json.dumps(self.settings, indent=1).encode())
         self.begun = time.monotonic()
         found, trained = {}, {}
