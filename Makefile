@@ -1,6 +1,9 @@
 # On a fresh machine `make run` and `make test` do all the set-up, in .venv.
 PYTHON ?= python3
 BIN := .venv/bin
+# Without build isolation: the extension is built against the torch that it will run with. Python compiles of a package
+# what is imported, when it is: all of torch would take as long as unpacking it.
+INSTALL := $(BIN)/python -m pip install --no-compile --disable-pip-version-check -c constraints.txt
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.h csrc/*/*)
 
 .PHONY: run test lint clean
@@ -8,6 +11,8 @@ SOURCES := setup.py pyproject.toml $(wildcard csrc/*.h csrc/*/*)
 run: .venv/installed
 	@rm -rf runs/first
 	$(BIN)/forde-fast compare --out runs/first
+	@echo 'Next: $(BIN)/forde-fast report runs/first    one page of all of it, runs/first/report/index.html'
+	@echo '      $(BIN)/forde-fast train --help         your own data, model and method; README.md has examples'
 
 test: .venv/installed-tests
 	$(BIN)/python -m pytest -n auto --dist loadfile
@@ -16,16 +21,18 @@ lint: .venv/installed-tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# Without build isolation: the extension is built against the torch that it will run with.
 .venv/installed: constraints.txt $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -q -c constraints.txt "setuptools>=77" wheel ninja torch numpy
-	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e .
-	touch $@
+	@echo '1 of 3: torch, and what builds the C++ extension'
+	$(INSTALL) "setuptools>=77" wheel ninja torch numpy
+	@echo '2 of 3: the C++ extension, and the other packages: about a minute and a half on two cores'
+	$(INSTALL) --no-build-isolation -e .
+	@echo '3 of 3: installed'
+	@touch $@
 
 # The extension is there already: only what the tests need besides is added.
 .venv/installed-tests: .venv/installed
-	FORDE_FAST_BUILD=0 $(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e ".[test]"
+	FORDE_FAST_BUILD=0 $(INSTALL) -q --no-build-isolation -e ".[test]"
 	touch $@
 
 clean:

@@ -28,7 +28,6 @@ def save_ensemble(path: str | Path, ensemble: Ensemble) -> None:
 
 def save_member(path: str | Path, ensemble: Ensemble, index: int) -> None:
     """One member alone: plain PyTorch reads it by `module.load_state_dict(safetensors.torch.load_file(path))`."""
-    expect(0 <= index < len(ensemble), "index", f"0 to {len(ensemble) - 1}", index)
     _save_module(path, ensemble.member(index))
 
 

@@ -81,7 +81,10 @@ def _compare(command):
         folder, runs = _before_work(options, prepare)
         results = {run.config.method: _train_run(options, run, "the same command with --resume") for run in runs}
         plots.training({run.config.method: run.log() for run in runs}, folder / "training.png")
-        return _show(options, results, folder)
+        _show(options, results, folder)
+        if "de" in results and len(results) > 1 and not options.json and not _rank():
+            _against(results)
+        return 0
 
     return call
 
@@ -275,11 +278,14 @@ def _add_config(command, skip) -> None:
     for name, field in FIELDS.items():
         if name in skip:
             continue
-        flag, default = "--" + name.replace("_", "-"), f"default: {field.default}"
-        if kind_of(name) is bool:
-            command.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=default)
+        flag, kind, text = "--" + name.replace("_", "-"), kind_of(name), field.metadata["help"]
+        if kind is bool:
+            how = {"action": argparse.BooleanOptionalAction}
+            text += f"; default: {'yes' if field.default else 'no'}"
         else:
-            command.add_argument(flag, type=kind_of(name), metavar=kind_of(name).__name__.upper(), help=default)
+            how = {"type": kind, "metavar": kind.__name__.upper()}
+            text += f"; default: {field.default}" if field.default is not None else ""
+        command.add_argument(flag, default=None, help=text.replace("%", "%%"), **how)
 
 
 def _settings(options) -> dict:
@@ -379,6 +385,18 @@ def _show(options, results: dict[str, dict], folder) -> int:
             print(f"{name} against {unknown}: {total} by total, {epistemic} by epistemic uncertainty")
     print(f"Runs and figures: {folder}")
     return 0
+
+
+def _against(results: dict[str, dict]) -> None:
+    """What the table shows, in words: the other methods beside the deep ensemble."""
+    group = "corrupted" if "corrupted" in results["de"] else "clean"
+    for name, short in (("nll", "NLL"), ("ece", "ECE"), ("accuracy", "A")):
+        base, size = results["de"][group][name], 100 if name == "accuracy" else 1
+        others = [f"{n} {size * (m[group][name] - base):+.2f}" for n, m in results.items() if n != "de"]
+        print(
+            f"{PREFIX[group]}{short} beside de ({'higher' if size > 1 else 'lower'} is better): {', '.join(others)}"
+        )
+    print("All from one seed: forde-fast reproduce trains over several and gives intervals.")
 
 
 def _table(title: str, head, rows) -> None:

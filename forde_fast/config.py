@@ -18,6 +18,11 @@ from forde_fast.strategies import KINDS, PRECISIONS
 from forde_fast.validation import expect
 
 
+def _setting(default, text: str):
+    """A field with what the command line says of it."""
+    return dataclasses.field(default=default, metadata={"help": text})
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """One run. The defaults are a small trial on the images that come with the package.
@@ -26,39 +31,49 @@ class TrainConfig:
     that is 391 in units of the posterior's repulsion, which here takes a weight of 20 or more.
     """
 
-    data: str = "fashion-mini"
-    data_dir: str | None = None  # the folder or file of a data set that does not come with the package
-    download: bool = False  # fetch it where it has a public address
-    train_size: int | None = None  # only the first so many training images
-    test_size: int | None = None  # only the first so many test images, each scored under every corruption
-    validation: float = 0.0  # share of each class's training images held out, and scored after every epoch
-    corrupted_dir: str | None = None  # CIFAR-10-C's folder or .tar, or one like it, in place of corruptions made here
-    ood: str | None = None  # sets of unknown images, such as noise,digits: how well uncertainty tells them
-    ood_dir: str | None = None  # where such a set lies that does not come with the package
-    model: str = "mlp"
-    width: int | None = None  # of the model's layers; its own by default
-    members: int = 5
-    method: str = "forde-pca"
-    alpha: float = 0.4  # of forde-tuned: 0 is the identity, 1 PCA
-    repulsion_weight: float = 20.0
-    score: str = "logit"  # whose input gradient is compared
-    backend: str = "auto"
-    strategy: str = "loop"  # how the members are computed; auto takes the fastest, with other last bits each time
-    members_at_a_time: int | None = None  # whose graphs are alive at once: less memory, up to half more time
-    precision: str = "full"  # of the networks' passes; tf32 or bf16
-    repulsion_every: int = 1  # steps; with as many times its weight
-    epochs: int = 20
-    lr: float = 0.1
-    weight_decay: float = 5e-4
-    batch_size: int = 128
-    augment: bool = False  # random crop with padding 4, and flip
-    checkpoint_every: int | None = None  # steps, besides every epoch
-    tensorboard: bool = False  # write event files into the run's folder too
-    data_parts: int | None = None  # under torchrun: ranks that share a member's batch; the others share the members
-    sync_batchnorm: bool = True  # over the parts of a batch, as in one process
-    seed: int = 0
-    device: str = "auto"
-    out: str = "runs/first"
+    data: str = _setting("fashion-mini", f"one of {', '.join(DATASETS)}")
+    data_dir: str | None = _setting(None, "folder or file of a data set that does not come with the package")
+    download: bool = _setting(False, "fetch the data where they have a public address")
+    train_size: int | None = _setting(None, "only the first so many training images")
+    test_size: int | None = _setting(None, "only the first so many test images, each scored under every corruption")
+    validation: float = _setting(0.0, "share of each class's training images held out, and scored after every epoch")
+    corrupted_dir: str | None = _setting(
+        None, "CIFAR-10-C's folder or .tar, or one like it, in place of corruptions made here"
+    )
+    ood: str | None = _setting(None, "sets of unknown images, such as noise,digits: how well uncertainty tells them")
+    ood_dir: str | None = _setting(None, "where such a set lies that does not come with the package")
+    model: str = _setting("mlp", f"one of {', '.join(MODELS)}")
+    width: int | None = _setting(None, "of the model's layers; default: the model's own")
+    members: int = _setting(5, "networks in the ensemble")
+    method: str = _setting("forde-pca", f"one of {', '.join(NAMES)}")
+    alpha: float = _setting(0.4, "of forde-tuned: 0 is the identity, 1 PCA")
+    repulsion_weight: float = _setting(20.0, "w, the factor on the repulsion; 1 is the published one on CIFAR")
+    score: str = _setting("logit", f"whose input gradient is compared, one of {', '.join(SCORES)}")
+    backend: str = _setting("auto", f"of the repulsion operation, one of auto, {', '.join(BACKENDS)}")
+    strategy: str = _setting(
+        "loop",
+        f"how the members are computed, one of auto, {', '.join(KINDS)}; auto takes the fastest, whose last "
+        "bits may be others each time",
+    )
+    members_at_a_time: int | None = _setting(
+        None, "whose graphs are alive at once: less memory, up to half more time; default: all"
+    )
+    precision: str = _setting("full", f"of the networks' passes, one of {', '.join(PRECISIONS)}")
+    repulsion_every: int = _setting(1, "steps from one with repulsion to the next; with as many times its weight")
+    epochs: int = _setting(20, "passes over the training images")
+    lr: float = _setting(0.1, "learning rate, held for half of the epochs and then falling to 1 % of it")
+    weight_decay: float = _setting(5e-4, "of SGD")
+    batch_size: int = _setting(128, "images in a step")
+    augment: bool = _setting(False, "random crop with padding 4, and flip")
+    checkpoint_every: int | None = _setting(None, "steps between checkpoints, besides one after every epoch")
+    tensorboard: bool = _setting(False, "write event files into the run's folder too")
+    data_parts: int | None = _setting(
+        None, "under torchrun: ranks that share a member's batch; the others share the members"
+    )
+    sync_batchnorm: bool = _setting(True, "under torchrun: over the parts of a batch, as in one process")
+    seed: int = _setting(0, "of the members' start and the order of images")
+    device: str = _setting("auto", "such as cpu, cuda, cuda:1; auto: a GPU where there is one")
+    out: str = _setting("runs/first", "folder of the run")
 
     def __post_init__(self):
         for name, field in FIELDS.items():

@@ -34,7 +34,16 @@ class Ensemble(nn.Module):
     def __init__(self, make_model: Callable[[], nn.Module], members: int = 10, seed: int = 0,
                  shared: str | Sequence[str] = ()):  # fmt: skip
         expect(callable(make_model), "make_model", "a callable that returns a module", make_model, TypeError)
+        module = isinstance(make_model, nn.Module)
+        expect(
+            not module,
+            "make_model",
+            "a callable that returns a new module, not a module",
+            type(make_model).__name__,
+            TypeError,
+        )
         whole(members, "members")
+        whole(seed, "seed", least=0)
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             torch.manual_seed(seed)
             modules = [make_model() for _ in range(members)]
@@ -126,6 +135,9 @@ class Ensemble(nn.Module):
 
     def member(self, index: int) -> nn.Module:
         """An ordinary nn.Module; its parameters stay those of the ensemble (deepcopy it to part from it)."""
+        expect(
+            -len(self) <= index < len(self), "index", f"a member from 0 to {len(self) - 1}", repr(index), IndexError
+        )
         return self.members[index]
 
     def functional(self, index: int, parameters: Tensor, buffers: dict[str, Tensor] | None = None):
@@ -153,6 +165,8 @@ class Ensemble(nn.Module):
 
         The softmax of half-precision outputs is taken in float32.
         """
+        expect(isinstance(x, Tensor), "x", "a torch.Tensor", type(x).__name__, TypeError)
+        whole(batch_size, "batch_size")
         with evaluation_mode(self):
             return torch.cat([_wide(self(part)).softmax(-1) for part in x.split(batch_size)], dim=1)
 

@@ -56,19 +56,13 @@ class Method:
         expect(self.space is None or callable(self.space), "space", "None or a callable", self.space, TypeError)
         expect(self.prior is None or callable(self.prior), "prior", "None or a callable", self.prior, TypeError)
         check_bandwidth(self.bandwidth)
-        check_lengthscale(self.lengthscale)
+        validation.lengthscale(self.lengthscale)
         if not callable(self.weight):
             validation.positive(self.weight, "weight", allow_zero=True)
 
     def weight_at(self, batch: int) -> float:
         """The factor for a batch of so many samples."""
         return self.weight(batch) if callable(self.weight) else self.weight
-
-
-def check_lengthscale(lengthscale) -> None:
-    fits = lengthscale is None or (hasattr(lengthscale, "coordinates") and hasattr(lengthscale, "product"))
-    got = type(lengthscale).__name__
-    expect(fits, "lengthscale", "None or a lengthscale such as Identity() or PCA.fit(images)", got, TypeError)
 
 
 WHOLE = Median(over="batch", add_one=True)  # one kernel matrix, h = med / log(M + 1)

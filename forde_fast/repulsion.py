@@ -280,6 +280,7 @@ def _factors(lengthscale, rows):
 def _choose(backend: str, particles, others, lengthscale, eps, precision):
     """Validate, then the backend's name and the module or namespace that has its operations."""
     check_backend(backend)
+    validation.lengthscale(lengthscale)
     validation.particles_and_others(particles, others, getattr(lengthscale, "dimension", None))
     validation.positive(eps, "eps")
     validation.one_of(precision, "precision", PRECISIONS)

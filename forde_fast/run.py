@@ -7,11 +7,12 @@ its last two states in checkpoints/.
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import os
 import shutil
 import time
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from forde_fast import config as configuration
-from forde_fast import distributed, guards, models, plots
+from forde_fast import distributed, guards, models, plots, threads
 from forde_fast.checkpoint import Checkpoints, load_ensemble, save_ensemble
 from forde_fast.config import TrainConfig
 from forde_fast.data import (
@@ -43,7 +44,7 @@ from forde_fast.step import ALONE
 from forde_fast.strategies import LOOP, Graphs
 from forde_fast.trainer import Log, Trainer
 from forde_fast.validation import expect
-from forde_fast.watching import JSONLines, Progress, TensorBoard, append_line, check_tensorboard, keep_lines
+from forde_fast.watching import JSONLines, Progress, TensorBoard, append_line, check_tensorboard, keep_lines, watched
 
 FAILED = 255  # what a rank says whose checkpoint could not be written, among the numbers of signals
 FILES = ("config.toml", "log.jsonl", "epochs.jsonl", "checkpoints", "checkpoint.safetensors", "metrics.json")
@@ -53,6 +54,7 @@ class Run:
     """Everything that is checked and read before any work: raises TypeError, ValueError or OSError in one line."""
 
     rest = 0.0  # seconds between the checkpoints that come after epochs
+    watch = staticmethod(lambda items, total: items)  # what shows how far the scoring has come
 
     def __init__(self, config: TrainConfig, data: Images | None = None):
         """data: the configuration's, where it has been read already."""
@@ -145,7 +147,7 @@ class Run:
         """Train, evaluate, write the folder; returns the metrics.
 
         resume    go on with the run in the folder; if it is finished, these are its metrics
-        progress  show a line on stderr
+        progress  show on stderr how far it is
 
         A checkpoint is kept after every epoch and every `checkpoint_every` steps, and when SIGINT or SIGTERM
         ask to stop, which then raises `signals.Interrupted`. Errors besides those of `prepare`: OSError.
@@ -156,6 +158,8 @@ class Run:
         self.prepare(resume)
         if self.finished:
             return json.loads((self.folder / "metrics.json").read_text(encoding="utf-8"))
+        if progress:
+            self.watch = functools.partial(watched, title=f"{self.config.method}: corrupted test sets")
         if self.mesh.rank == 0:
             write(self.folder / "config.toml", configuration.to_toml(self.config).encode())
         trainer, loader = self._trainer_and_loader()
@@ -163,7 +167,7 @@ class Run:
         if self.state is not None:
             trainer.load_state_dict(self.state)
             seconds = self.state["seconds"]
-        with StopSignals() as stop:
+        with StopSignals() as stop, self._threads():
             seconds += self._fit(trainer, loader, stop, seconds, progress and self.mesh.rank == 0)
             if self.mesh.rank:
                 return {}
@@ -286,7 +290,13 @@ class Run:
 
     def evaluate(self) -> dict:
         """The metrics, as `scoring.score_run` has them."""
-        return score_run(self, CORRUPTIONS)
+        with self._threads():
+            return score_run(self, CORRUPTIONS)
+
+    def _threads(self) -> AbstractContextManager:
+        if self.device.type != "cpu":
+            return nullcontext()
+        return threads.suited(self.ensemble.members[0], self.normalisation(self.images[: self.config.batch_size]))
 
     def _validate(self) -> dict:
         return flat(score_members(self.predict(self.valid_images), self.valid_labels))

@@ -109,13 +109,13 @@ def _made(run, names: Sequence[str], preset: str) -> Iterator[tuple]:
     images = run.test_images
     kept = images.numel() <= KEPT_BYTES
     pixels, shape = images.numpy().tobytes() if kept else b"", tuple(images.shape)
-    for name in names:
-        for severity in SEVERITIES:
-            if kept:
-                copies = _keep(pixels, shape, name, severity, preset)
-            else:
-                copies = corrupt(images, name, severity, preset=preset)
-            yield name, severity, copies, run.test_labels
+    wanted = [(name, severity) for name in names for severity in SEVERITIES]
+    for name, severity in run.watch(wanted, total=len(wanted)):
+        if kept:
+            copies = _keep(pixels, shape, name, severity, preset)
+        else:
+            copies = corrupt(images, name, severity, preset=preset)
+        yield name, severity, copies, run.test_labels
 
 
 @functools.lru_cache(maxsize=len(SEVERITIES) * len(CORRUPTIONS + HARDER))

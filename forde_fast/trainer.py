@@ -16,7 +16,7 @@ from forde_fast import graph, guards, heap, memory, second_order, validation
 from forde_fast.batches import Check, read
 from forde_fast.choice import choose
 from forde_fast.ensemble import Ensemble, split_row
-from forde_fast.methods import Method, check_lengthscale, resolve
+from forde_fast.methods import Method, resolve
 from forde_fast.repulsion import check_backend
 from forde_fast.step import (
     ALONE,
@@ -117,7 +117,7 @@ class Trainer:
         validation.positive(eps, "eps")
         validation.positive(lr, "lr")
         check_backend(backend)
-        check_lengthscale(lengthscale)
+        validation.lengthscale(lengthscale)
         method = resolve(method)
         lengthscale = method.lengthscale if lengthscale is None else lengthscale
         getattr(method.space, "check", lambda ensemble: None)(ensemble)
@@ -262,6 +262,8 @@ class Trainer:
         interrupted: with the same loader, epochs and schedule it ends as that would have.
         """
         validation.whole(epochs, "epochs")
+        iterable = hasattr(loader, "__iter__") or hasattr(loader, "__getitem__")
+        expect(iterable, "loader", "an iterable of batches", type(loader).__name__, TypeError)
         random, self._random = self._random, []
         if not random:  # no state was loaded to go on from
             self.position = Position()

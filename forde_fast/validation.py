@@ -69,6 +69,13 @@ def finite(tensor: Tensor, name: str) -> None:
         )
 
 
+def lengthscale(value) -> None:
+    """None or a lengthscale: an object with `coordinates` and `product`."""
+    good = value is None or (hasattr(value, "coordinates") and hasattr(value, "product"))
+    got = type(value).__name__
+    expect(good, "lengthscale", "None or a lengthscale such as Identity() or PCA.fit(images)", got, TypeError)
+
+
 def positive(value: float, name: str, allow_zero: bool = False) -> None:
     number = isinstance(value, numbers.Real) and not isinstance(value, bool)
     good = number and (value >= 0 if allow_zero else value > 0) and value < float("inf")

@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import sys
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -17,6 +19,7 @@ from forde_fast.validation import expect
 FLUSH_EVERY = 50  # steps: reading a step's numbers at once would wait for the device
 SUMMARY_EVERY = 10  # steps
 SHOW_EVERY = 0.2  # seconds, for the same reason
+PRINT_EVERY = 3.0  # seconds between lines in a file of output
 
 
 class JSONLines:
@@ -80,8 +83,49 @@ def keep_lines(path: str | Path, steps: int) -> None:
     write(path, b"".join(kept))
 
 
-class Progress:
-    """A line on stderr: how far, loss of a member, members x images per second, remaining time.
+class Bar:
+    """A line on stderr: how far of `total`, a text, the remaining time. Where stderr is no terminal, a new line every
+    few seconds."""
+
+    def __init__(self, title: str, total: int, done: int = 0):
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+        texts = (TextColumn("[progress.description]{task.description}"), TextColumn("{task.fields[text]}"))
+        console = Console(stderr=True)
+        self._bar = Progress(texts[0], BarColumn(), texts[1], TimeRemainingColumn(), console=console)
+        self._plain = not console.is_terminal
+        self._bar.disable = self._plain
+        self._task = self._bar.add_task(title, total=total, completed=done, text="")
+        self._printed = time.monotonic()
+
+    def advance(self, text: str | None = None) -> None:
+        self._bar.update(self._task, advance=1, **({} if text is None else {"text": text}))
+        if self._plain:
+            task, now = self._bar.tasks[self._task], time.monotonic()
+            if task.finished or now - self._printed > PRINT_EVERY:
+                self._printed = now
+                line = f"{task.description}: {task.completed:.0f} of {task.total:.0f} {task.fields['text']}"
+                print(line.rstrip(), file=sys.stderr, flush=True)
+
+    def __enter__(self) -> Bar:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._bar.stop()
+
+
+def watched(items: Iterable, title: str, total: int) -> Iterator:
+    """The items, with a bar that says how many have been used."""
+    with Bar(title, total) as bar:
+        for item in items:
+            yield item
+            bar.advance()
+
+
+class Progress(Bar):
+    """A bar for a training: steps, members x images per second, loss of a member.
 
         with Progress(trainer, steps, "my run") as progress:
             trainer.fit(loader, epochs, on_step=progress)
@@ -90,32 +134,18 @@ class Progress:
     """
 
     def __init__(self, trainer: Trainer, steps: int, title: str = "training"):
-        from rich.console import Console
-        from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
-        from rich.progress import Progress as Bar
-
-        texts = ("[progress.description]{task.description}", "{task.fields[rate]}", "{task.fields[loss]}")
-        columns = (TextColumn(texts[0]), BarColumn(), *map(TextColumn, texts[1:]), TimeRemainingColumn())
+        super().__init__(title, steps, trainer.steps)
         self.trainer = trainer
-        self._bar = Bar(*columns, console=Console(stderr=True))
-        self._task = self._bar.add_task(title, total=steps, completed=trainer.steps, rate="", loss="")
         self._first, self._begun, self._shown = trainer.steps, time.monotonic(), 0.0
 
     def __call__(self, epoch: int, log: Log) -> None:
-        fields = {}
+        text = None
         if time.monotonic() - self._shown > SHOW_EVERY:
             self._shown = time.monotonic()
             speed = (self.trainer.steps - self._first) * self.trainer.rows / (self._shown - self._begun)
-            fields["rate"] = f"{speed:,.0f} members x images/s"
-            fields["loss"] = f"loss {float(log.cross_entropy) / self.trainer.members:.3f}"
-        self._bar.update(self._task, advance=1, **fields)
-
-    def __enter__(self) -> Progress:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *exception) -> None:
-        self._bar.stop()
+            loss = float(log.cross_entropy) / self.trainer.members
+            text = f"{speed:,.0f} members x images/s, loss {loss:.3f}"
+        self.advance(text)
 
 
 class TensorBoard:

@@ -89,7 +89,7 @@ def test_cifar_is_fetched_into_the_cache_by_its_checksum(tmp_path, monkeypatch):
     monkeypatch.setenv("FORDE_FAST_CACHE", str(tmp_path / "cache"))
     archive = cifar.Archive(**{**vars(ARCHIVES["cifar10"]), "url": (tmp_path / "cifar-10-python.tar.gz").as_uri()})
     monkeypatch.setitem(ARCHIVES, "cifar10", archive)
-    with pytest.raises(ValueError, match=f"expected a file with md5 {archive.md5}; got "):
+    with pytest.raises(ValueError, match=f"expected a file with md5 {archive.md5}, got "):
         load("cifar10", download=True)
     assert not list((tmp_path / "cache").iterdir())
 
@@ -136,7 +136,7 @@ def changed(files, name, **new):
         ),
         (
             lambda f: changed(f, "test_batch", data=np.zeros((1, 3072), np.uint8), labels=[9]),
-            "test_labels: expected 0 to 3; got 9 to 9",
+            "test_labels: expected 0 to 3, got 9 to 9",
         ),
         (lambda f: {k: v for k, v in f.items() if k != "test_batch"}, "test_batch"),
         (lambda f: changed(f, "batches.meta", other=["a"]), "batches.meta: expected a list of names"),

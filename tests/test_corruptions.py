@@ -172,17 +172,18 @@ def test_frost_without_its_textures_says_what_to_install(monkeypatch):
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"name": "fog_of_war"}, ValueError, "name: expected one of gaussian_noise, .*; got 'fog_of_war'"),
-        ({"severity": 0}, ValueError, "severity: expected an integer from 1 to 5; got 0"),
+        ({"name": "fog_of_war"}, ValueError, "name: expected one of gaussian_noise, .*, got 'fog_of_war'"),
+        ({"severity": 0}, ValueError, "severity: expected an integer from 1 to 5, got 0"),
         ({"severity": 6}, ValueError, "severity.*got 6"),
         ({"severity": 2.5}, ValueError, r"severity.*got 2\.5"),
-        ({"preset": "hard"}, ValueError, "preset: expected one of cifar, grey; got 'hard'"),
-        ({"seed": -1}, ValueError, "seed: expected a non-negative integer; got -1"),
-        ({"images": [[0]]}, TypeError, "images: expected a numpy array or a torch tensor; got list"),
-        ({"images": np.zeros((2, 8, 8))}, TypeError, "images: expected uint8; got float64"),
-        ({"images": torch.zeros(2, 8, 8)}, TypeError, r"images: expected uint8; got torch\.float32"),
+        ({"preset": "hard"}, ValueError, "preset: expected one of cifar, grey, got 'hard'"),
+        ({"seed": -1}, ValueError, "seed: expected a whole number >= 0, got -1"),
+        ({"images": [[0]]}, TypeError, "images: expected a numpy array or a torch tensor, got list"),
+        ({"images": np.zeros((2, 8, 8))}, TypeError, "images: expected uint8, got float64"),
+        ({"images": torch.zeros(2, 8, 8)}, TypeError, r"images: expected uint8, got torch\.float32"),
         ({"images": np.zeros((8, 8), np.uint8)}, ValueError, r"images: .*got \[8, 8\]"),
-        ({"images": np.zeros((2, 3, 8, 8), np.uint8)}, ValueError, r"C 1 or 3; got \[2, 3, 8, 8\]"),
+        ({"images": np.zeros((2, 0, 8), np.uint8)}, ValueError, r"images: .*got \[2, 0, 8\]"),
+        ({"images": np.zeros((2, 3, 8, 8), np.uint8)}, ValueError, r"C 1 or 3, got \[2, 3, 8, 8\]"),
     ],
 )
 def test_errors_name_the_argument(change, error, message):

@@ -94,7 +94,7 @@ def test_fashion_mnist_reads_the_real_layout(folder, arrays):
 
 
 def test_unknown_name_lists_the_known_ones():
-    with pytest.raises(ValueError, match="name: expected one of " + ", ".join(DATASETS) + "; got 'mnist'"):
+    with pytest.raises(ValueError, match="name: expected one of " + ", ".join(DATASETS) + ", got 'mnist'"):
         load("mnist")
 
 
@@ -129,11 +129,11 @@ def test_damaged_and_foreign_files_are_refused(tmp_path, content, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"train_labels": torch.tensor([0, 2])}, "toy: train_labels: expected 0 to 1; got 0 to 2"),
-        ({"test_labels": torch.tensor([-1])}, "toy: test_labels: expected 0 to 1; got -1 to -1"),
+        ({"train_labels": torch.tensor([0, 2])}, "toy: train_labels: expected 0 to 1, got 0 to 2"),
+        ({"test_labels": torch.tensor([-1])}, "toy: test_labels: expected 0 to 1, got -1 to -1"),
         ({"test_labels": torch.tensor([0, 1])}, r"test_labels: expected int64 \[1\].*got torch\.int64 \[2\]"),
-        ({"train_images": torch.zeros(2, 4, 4)}, r"train_images: expected uint8 .*; got torch\.float32"),
-        ({"test_images": torch.zeros(1, 4, 5, dtype=torch.uint8)}, r"shape \[4, 4\]; got \[4, 5\]"),
+        ({"train_images": torch.zeros(2, 4, 4)}, r"train_images: expected uint8 .*, got torch\.float32"),
+        ({"test_images": torch.zeros(1, 4, 5, dtype=torch.uint8)}, r"shape \[4, 4\], got \[4, 5\]"),
     ],
 )
 def test_images_must_fit_each_other(change, message):
@@ -261,9 +261,9 @@ def test_constant_channel_stays_finite():
 
 def test_normalisation_names_what_is_wrong():
     normalise = Normalisation((0.5,), (0.5,))
-    with pytest.raises(ValueError, match="images: expected 1 channels; got 3"):
+    with pytest.raises(ValueError, match="images: expected 1 channels, got 3"):
         normalise(torch.zeros(2, 4, 4, 3, dtype=torch.uint8))
-    with pytest.raises(ValueError, match=r"images: expected uint8 .*; got torch\.float32 \[2, 4, 4\]"):
+    with pytest.raises(ValueError, match=r"images: expected uint8 .*, got torch\.float32 \[2, 4, 4\]"):
         normalise(torch.zeros(2, 4, 4))
     with pytest.raises(ValueError, match="at least one pixel"):
         Normalisation.fit(torch.zeros(0, 4, 4, dtype=torch.uint8))
@@ -362,11 +362,11 @@ def test_flips_and_places_are_equally_likely():
         ({"images": torch.zeros(4, 3, 3)}, r"images: expected floating \[N, C, H, W\].*\[4, 3, 3\]"),
         ({"images": torch.zeros(4, 1, 3, 3, dtype=torch.uint8)}, r"images: .*got torch\.uint8"),
         ({"images": torch.zeros(0, 1, 3, 3)}, "images: .*not empty"),
-        ({"labels": torch.zeros(5)}, r"labels: expected \[4\], one label per image; got \[5\]"),
-        ({"labels": torch.zeros(4, device="meta")}, "labels: expected on cpu, with the images; got meta"),
-        ({"batch_size": 0}, "batch_size: expected at least 1; got 0"),
-        ({"padding": -1}, "padding: expected at least 0; got -1"),
-        ({"seed": -1}, "seed: expected at least 0; got -1"),
+        ({"labels": torch.zeros(5)}, r"labels: expected \[4\], one label per image, got \[5\]"),
+        ({"labels": torch.zeros(4, device="meta")}, "labels: expected on cpu, with the images, got meta"),
+        ({"batch_size": 0}, "batch_size: expected at least 1, got 0"),
+        ({"padding": -1}, "padding: expected at least 0, got -1"),
+        ({"seed": -1}, "seed: expected at least 0, got -1"),
     ],
 )
 def test_loader_names_what_is_wrong(change, message):

@@ -181,6 +181,18 @@ def test_one_module_made_twice():
         ff.Ensemble(lambda: module, 2)
     with pytest.raises(TypeError, match=r"^make_model: expected a callable"):
         ff.Ensemble("mlp", 2)
+    with pytest.raises(TypeError, match=r"^make_model: expected a callable that returns a new module, not a module"):
+        ff.Ensemble(module, 2)
+    with pytest.raises(ValueError, match=r"^seed: expected a whole number >= 0, got -1$"):
+        ff.Ensemble(net, 2, seed=-1)
+
+
+def test_bad_inputs_of_a_prediction_are_named():
+    ensemble = ff.Ensemble(net, 2)
+    with pytest.raises(TypeError, match=r"^x: expected a torch.Tensor, got ndarray$"):
+        ensemble.predict_proba(np.zeros((2, 4)))
+    with pytest.raises(ValueError, match=r"^batch_size: expected a whole number >= 1, got 0$"):
+        ensemble.predict_proba(torch.zeros(2, 4), batch_size=0)
 
 
 def test_from_modules_takes_the_modules_themselves():
@@ -419,7 +431,7 @@ def test_saved_files_are_read_by_plain_pytorch(tmp_path):
     for module in (again, plain):
         assert torch.allclose(torch.stack([m(x) for m in module.eval().members]), ensemble(x), atol=1e-6)
     assert are_views(again)
-    with pytest.raises(ValueError, match=r"^index: expected 0 to 2, got 3$"):
+    with pytest.raises(IndexError, match=r"^index: expected a member from 0 to 2, got 3$"):
         ff.save_member(tmp_path / "x", ensemble, 3)
 
 

@@ -134,6 +134,8 @@ def test_epochs_must_be_a_whole_number(epochs):
 
 def test_empty_loader():
     trainer = ff.Trainer(ff.Ensemble(net, 2))
+    with pytest.raises(TypeError, match=r"^loader: expected an iterable of batches, got int$"):
+        trainer.fit(3, 1)
     with pytest.raises(ValueError, match=r"^loader: expected at least one batch .*, got none in epoch 0"):
         trainer.fit([], 3)
     with pytest.raises(ValueError, match=r"^loader: .* none in epoch 1"):

@@ -2,13 +2,10 @@
 #include <ATen/Dispatch.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <pybind11/pybind11.h>
 #include <torch/library.h>
 
 #include <cmath>
 #include <cstring>
-#include <stdexcept>
-#include <string>
 
 #include "operations.h"
 
@@ -160,17 +157,3 @@ TORCH_LIBRARY_IMPL(forde_fast, CPU, m) {
 }
 
 }  // namespace forde_fast
-
-PYBIND11_MODULE(_C, m) {
-  m.doc() = "C++ implementations of forde_fast's operations; importing it registers them";
-  m.def("cpu_capability", [] { return forde_fast::name_of(forde_fast::capability()); });
-  m.def("use_cpu_capability", [](const std::string& name) {
-    using forde_fast::Capability;
-    for (Capability which : {Capability::kPortable, Capability::kAvx2, Capability::kAvx512})
-      if (name == forde_fast::name_of(which) && forde_fast::runs_here(which)) {
-        forde_fast::capability() = which;
-        return;
-      }
-    throw std::invalid_argument("name: expected portable, avx2 or avx512, as this machine can run, got " + name);
-  }, "For tests: the instruction set that the kernels use from now on, in place of the widest.");
-}

@@ -85,7 +85,7 @@ class Images:
         if self.train_images.shape[1:] != self.test_images.shape[1:]:
             raise ValueError(
                 f"{self.name}: test_images: expected the training images' shape "
-                f"{list(self.train_images.shape[1:])}; got {list(self.test_images.shape[1:])}"
+                f"{list(self.train_images.shape[1:])}, got {list(self.test_images.shape[1:])}"
             )
 
 
@@ -133,7 +133,7 @@ def load(name: str, folder: str | Path | None = None, download: bool = False) ->
             expect(folder is not None, "data_dir", f"the place of the data, for data = {name}", "none")
             arrays, classes = _load_own(name, Path(folder))
             return _images(str(folder), *arrays, classes=classes)
-    raise ValueError(f"name: expected one of {', '.join(DATASETS)}; got {name!r}")
+    raise ValueError(f"name: expected one of {', '.join(DATASETS)}, got {name!r}")
 
 
 def _load_own(name: str, path: Path) -> Parts:
@@ -243,7 +243,7 @@ class Normalisation:
             return cls(tuple(exact.mean(0).tolist()), tuple(torch.where(std > 0, std, 1.0).tolist()))
         pixels = _channels_last(images).flatten(0, 2)  # [N·H·W, C]
         if not len(pixels):
-            raise ValueError(f"images: expected at least one pixel; got shape {list(images.shape)}")
+            raise ValueError(f"images: expected at least one pixel, got shape {list(images.shape)}")
         levels = torch.arange(256, dtype=torch.float64) / 255
         mean, std = [], []
         for channel in pixels.T:  # 256 counts instead of a float copy of the whole set
@@ -265,7 +265,7 @@ class Normalisation:
             return ((images.double() - mean) / std).float()
         pixels = _channels_last(images).movedim(3, 1)
         if pixels.shape[1] != len(self.mean):
-            raise ValueError(f"images: expected {len(self.mean)} channels; got {pixels.shape[1]}")
+            raise ValueError(f"images: expected {len(self.mean)} channels, got {pixels.shape[1]}")
         mean, std = (
             torch.tensor(v, dtype=torch.float32, device=images.device)[:, None, None] for v in (self.mean, self.std)
         )
@@ -277,5 +277,5 @@ class Normalisation:
 
 def _channels_last(images: torch.Tensor) -> torch.Tensor:
     if images.dtype != torch.uint8 or images.ndim not in (3, 4):
-        raise ValueError(f"images: expected uint8 [N, H, W] or [N, H, W, C]; got {images.dtype} {list(images.shape)}")
+        raise ValueError(f"images: expected uint8 [N, H, W] or [N, H, W, C], got {images.dtype} {list(images.shape)}")
     return images if images.ndim == 4 else images[..., None]

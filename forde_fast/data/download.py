@@ -29,7 +29,7 @@ def download(url: str, md5: str, path: Path) -> Path:
                     file.write(block)
                     advance(len(block))
         if digest.hexdigest() != md5:
-            raise ValueError(f"{url}: expected a file with md5 {md5}; got {digest.hexdigest()}")
+            raise ValueError(f"{url}: expected a file with md5 {md5}, got {digest.hexdigest()}")
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

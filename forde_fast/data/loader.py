@@ -43,15 +43,15 @@ class Loader:
     ) -> None:
         if images.ndim not in ((4,) if augment else (2, 4)) or not images.is_floating_point() or not images.numel():
             raise ValueError(
-                f"images: expected floating [N, C, H, W], not empty; got {images.dtype} {list(images.shape)}"
+                f"images: expected floating [N, C, H, W], not empty, got {images.dtype} {list(images.shape)}"
             )
         if labels.shape != images.shape[:1]:
-            raise ValueError(f"labels: expected [{len(images)}], one label per image; got {list(labels.shape)}")
+            raise ValueError(f"labels: expected [{len(images)}], one label per image, got {list(labels.shape)}")
         if labels.device != images.device:
-            raise ValueError(f"labels: expected on {images.device}, with the images; got {labels.device}")
+            raise ValueError(f"labels: expected on {images.device}, with the images, got {labels.device}")
         for name, value, least in (("batch_size", batch_size, 1), ("padding", padding, 0), ("seed", seed, 0)):
             if value < least:
-                raise ValueError(f"{name}: expected at least {least}; got {value}")
+                raise ValueError(f"{name}: expected at least {least}, got {value}")
         self.images, self.labels = images, labels
         self.batch_size = min(batch_size, len(images))
         self.shuffle, self.drop_last, self.augment = shuffle, drop_last, augment

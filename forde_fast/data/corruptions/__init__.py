@@ -25,6 +25,7 @@ from forde_fast.data.corruptions.severities import (
     PRESETS,
     STANDARD,
 )
+from forde_fast.validation import expect, one_of, whole
 
 __all__ = ["CIFAR_SEVERITIES", "CORRUPTIONS", "EXTRA", "GREY_SEVERITIES", "HARDER", "PRESETS", "STANDARD", "corrupt"]
 
@@ -52,15 +53,10 @@ def corrupt(
         TypeError: images that are neither an array nor a tensor, or not uint8.
         ValueError: another shape, an unknown name or preset, a severity outside 1 to 5, a negative seed.
     """
-    if name not in CORRUPTIONS:
-        raise ValueError(f"name: expected one of {', '.join(CORRUPTIONS)}; got {name!r}")
-    if preset not in PRESETS:
-        raise ValueError(f"preset: expected one of {', '.join(PRESETS)}; got {preset!r}")
-    if severity not in (1, 2, 3, 4, 5):
-        raise ValueError(f"severity: expected an integer from 1 to 5; got {severity!r}")
-    if seed < 0:
-        raise ValueError(f"seed: expected a non-negative integer; got {seed!r}")
-
+    one_of(name, "name", CORRUPTIONS)
+    one_of(preset, "preset", PRESETS)
+    expect(severity in (1, 2, 3, 4, 5), "severity", "an integer from 1 to 5", repr(severity))
+    whole(seed, "seed", least=0)
     _check_images(images)
 
     if isinstance(images, torch.Tensor):
@@ -82,11 +78,11 @@ def corrupt(
 
 def _check_images(images: np.ndarray | torch.Tensor) -> None:
     if not isinstance(images, (np.ndarray, torch.Tensor)):
-        raise TypeError(f"images: expected a numpy array or a torch tensor; got {type(images).__name__}")
+        raise TypeError(f"images: expected a numpy array or a torch tensor, got {type(images).__name__}")
     if str(images.dtype) not in ("uint8", "torch.uint8"):
-        raise TypeError(f"images: expected uint8; got {images.dtype}")
-    if images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[3] not in (1, 3)):
-        raise ValueError(f"images: expected [N, H, W] or [N, H, W, C] with C 1 or 3; got {list(images.shape)}")
+        raise TypeError(f"images: expected uint8, got {images.dtype}")
+    if images.ndim not in (3, 4) or 0 in images.shape[1:] or (images.ndim == 4 and images.shape[3] not in (1, 3)):
+        raise ValueError(f"images: expected [N, H, W] or [N, H, W, C] with C 1 or 3, got {list(images.shape)}")
 
 
 def _on_unit_interval(change: Callable) -> Callable:
