@@ -15,7 +15,7 @@ run: .venv/installed
 	@echo '      $(BIN)/forde-fast train --help         your own data, model and method; README.md has examples'
 
 test: .venv/installed-tests
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 lint: .venv/installed-tests
 	$(BIN)/ruff check .

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from forde_fast.ensemble import evaluation_mode
+
 # multiply-adds of a pass over a batch, a few milliseconds of one core: with less, every one of a step's hundreds of
 # operations is shorter than a thread that is busy elsewhere keeps the others waiting (measured: two threads of a busy
 # machine with two cores take 10 times as long as one)
@@ -16,8 +18,6 @@ ENOUGH = 1e8
 
 def multiply_adds(module: nn.Module, x: Tensor) -> int:
     """Those of the layers' matrices and kernels in a forward pass on x, which leaves the module as it is."""
-    from forde_fast.ensemble import evaluation_mode
-
     found = 0
 
     def count(layer, inputs, output):

@@ -19,6 +19,14 @@ hypothesis.settings.register_profile("thorough", max_examples=3000, deadline=Non
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
+# The files that take longest, to start with: a process that gets one at the end is waited for.
+LONGEST = ("test_repulsion", "test_cuda_build", "test_kernels_aot", "test_distributed", "test_resume")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+
+
 @pytest.fixture(autouse=True)
 def poisoned_memory(monkeypatch):
     """What torch.empty and its kin return is NaN, so that a result that was never written is seen."""

@@ -66,6 +66,8 @@ def test_published_code_in_float64(path, backend):
 def test_published_code_in_float32(path, fast):
     golden, pca = load(path)
     particles, eps = golden["input_gradients"].float(), float(golden["eps"])
+    if interpreted(fast) and len(particles) == 10:
+        pytest.skip("ten seconds in the interpreter: in float64 it does them")
     result = ff.repulsion(particles, pca, eps=eps, backend=fast, precision="ieee")
     plain = reference.repulsion(particles, pca, eps=eps)
     for what, exact in (("value", golden["value"]), ("gradient", golden["grad"])):
@@ -78,7 +80,7 @@ def test_published_code_in_float32(path, fast):
 # G: one sample, odd, a batch.
 SHAPES = [
     (1, 5, 192), (2, 1, 7), (2, 5, 300), (3, 128, 7), (10, 5, 192), (10, 5, 300), (17, 5, 300), (64, 1, 300),
-    (64, 5, 7), (3, 1, 3072), (10, 2, 3072),
+    (64, 5, 7), (3, 1, 1025), (10, 2, 3072),
 ]  # fmt: skip
 INTERPRETED = [(2, 1, 300), (3, 2, 7), (10, 1, 300)]  # half a second a call; test_kernels*.py have more
 SOME = ("random", "spread 1e-3", "close pair 1e-4", "dead row")
@@ -159,7 +161,8 @@ def test_one_dimension_repels_only_without_normalisation(backend):
 @pytest.mark.parametrize("kind", ["identity", "pca", "low rank"])
 @pytest.mark.parametrize("normalize", [True, False])
 def test_others_of_another_number(kind, normalize, fast):
-    particles, others = torch.randn(3, 4, 20, dtype=F64), torch.randn(5, 4, 20, dtype=F64)
+    samples = 2 if interpreted(fast) else 4
+    particles, others = torch.randn(3, samples, 20, dtype=F64), torch.randn(5, samples, 20, dtype=F64)
     scale = lengthscale(kind, 20)
     for pair in ((particles, others), (particles[:1], others), (particles, others[:1])):
         exact = reference.repulsion(pair[0], scale, pair[1], normalize)
@@ -211,11 +214,12 @@ def test_bandwidth_rules(rule, fast):
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 def test_strided_particles(dtype, fast):
-    contiguous = torch.randn(3, 4, 33).to(dtype)
-    wide = torch.randn(3, 4, 66).to(dtype)
+    samples = 2 if interpreted(fast) else 4
+    contiguous = torch.randn(3, samples, 33).to(dtype)
+    wide = torch.randn(3, samples, 66).to(dtype)
     wide[..., ::2] = contiguous
     permuted = contiguous.permute(2, 0, 1).contiguous().permute(1, 2, 0)
-    padded = torch.randn(3, 5, 40).to(dtype)
+    padded = torch.randn(3, samples + 1, 40).to(dtype)
     padded[:, 1:, 3:36] = contiguous
     for scale in (None, make_pca(33)):
         wanted = ff.repulsion(contiguous, scale, backend=fast)
@@ -228,15 +232,16 @@ def test_strided_particles(dtype, fast):
             assert not strided.is_contiguous()
             result = ff.repulsion(strided, scale, backend=fast)
             assert all(torch.equal(part, same) for part, same in zip(result, wanted, strict=True))
-    expanded = torch.randn(1, 4, 33).to(dtype).expand(3, 4, 33)
+    expanded = torch.randn(1, samples, 33).to(dtype).expand(3, samples, 33)
     assert (ff.repulsion(expanded, backend=fast).gradient == 0).all()
 
 
 @pytest.mark.parametrize("kind", ["identity", "pca"])
 def test_symmetries(kind, fast):
-    particles, scale = torch.randn(5, 4, 24, dtype=F64), lengthscale(kind, 24)
+    samples = 2 if interpreted(fast) else 4
+    particles, scale = torch.randn(5, samples, 24, dtype=F64), lengthscale(kind, 24)
     result = ff.repulsion(particles, scale, backend=fast)
-    members, samples = torch.randperm(5), torch.randperm(4)
+    members, samples = torch.randperm(5), torch.randperm(samples)
     permuted = ff.repulsion(particles[members][:, samples], scale, backend=fast)
     assert torch.allclose(permuted.value, result.value, rtol=1e-12)
     assert torch.allclose(permuted.gradient, result.gradient[members][:, samples], rtol=1e-10, atol=1e-15)
