@@ -302,14 +302,14 @@ def test_a_run_goes_on_with_its_own_settings(tmp_path, undisturbed, capsys):
 # ---------------------------------------------------------------- SIGKILL
 
 
-def test_thirty_runs_killed_at_random_moments_end_as_one_that_was_not(tmp_path):
+def test_runs_killed_at_random_moments_end_as_one_that_was_not(tmp_path):
     """In a process of its own: its children start by fork, after the imports, and share no threads with pytest."""
     script = Path(__file__).with_name("kill_runs.py")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, script, tmp_path, "30"], env=environment, capture_output=True, text=True, timeout=900
+        [sys.executable, script, tmp_path, "15"], env=environment, capture_output=True, text=True, timeout=900
     )
     assert done.returncode == 0, done.stdout + done.stderr
     killed, steps = json.loads(done.stdout)
-    assert killed == 30
-    assert len(set(steps)) > 5  # they were at different places
+    assert killed == 15
+    assert len(set(steps)) > 3  # they were at different places

@@ -69,17 +69,17 @@ class Images:
             known = images.dtype == torch.uint8 and images.ndim in (3, 4)
             if not known and (images.dtype != torch.float32 or images.ndim != 2):
                 raise ValueError(
-                    f"{where}_images: expected uint8 [N, H, W] or [N, H, W, C]; "
+                    f"{where}_images: expected uint8 [N, H, W] or [N, H, W, C], "
                     f"got {images.dtype} {list(images.shape)}"
                 )
             if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
                 raise ValueError(
-                    f"{where}_labels: expected int64 [{len(images)}], one per image; "
+                    f"{where}_labels: expected int64 [{len(images)}], one per image, "
                     f"got {labels.dtype} {list(labels.shape)}"
                 )
             if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < len(self.classes):
                 raise ValueError(
-                    f"{where}_labels: expected 0 to {len(self.classes) - 1}; "
+                    f"{where}_labels: expected 0 to {len(self.classes) - 1}, "
                     f"got {int(labels.min())} to {int(labels.max())}"
                 )
         if self.train_images.shape[1:] != self.test_images.shape[1:]:
