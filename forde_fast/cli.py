@@ -125,7 +125,6 @@ def _corrupt(command):
 
     def call(options) -> int:
         from forde_fast.data import load, write_corrupted
-        from forde_fast.files import make_folder
         from forde_fast.validation import expect, one_of, whole
 
         def work():
@@ -136,7 +135,6 @@ def _corrupt(command):
                 whole(options.test_size, "test_size")
                 most = len(data.test_images)
                 expect(options.test_size <= most, "test_size", f"<= {most}", options.test_size)
-            make_folder(options.out)
             images, labels = (part[: options.test_size].numpy() for part in (data.test_images, data.test_labels))
             names = options.names.split(",") if options.names else CORRUPTIONS
             write_corrupted(options.out, images, labels, names, options.preset, options.seed, print)
@@ -215,9 +213,13 @@ def _bench(command):
     command.add_argument("--json", action="store_true")
 
     def call(options) -> int:
+        from forde_fast.files import make_folder
+
         names = ("shapes", "lengthscales", "providers", "rounds", "device", "dtype", "precision", "cache")
         selection = {name: getattr(options, name) for name in names}
         measured = _before_work(options, lambda: benchmark.bench(**selection))
+        if options.out is not None:
+            _before_work(options, lambda: make_folder(options.out))
         rows = []
         for case in measured:
             rows += case

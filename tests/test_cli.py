@@ -155,7 +155,7 @@ def test_bad_input_is_one_line_and_status_2(arguments, message, tmp_path, capsys
 def test_a_place_where_nothing_can_be_written(tmp_path, capsys):
     file = tmp_path / "file"
     file.write_text("kept")
-    for command in ("train", "compare", ("reproduce", "small"), ("experiment", "basis"), "corrupt"):
+    for command in ("train", "compare", ("reproduce", "small"), ("experiment", "basis"), "corrupt", "bench"):
         for place in (file, file / "below"):
             arguments = [command] if isinstance(command, str) else command
             assert "out: expected a folder" in refused(capsys, *arguments, "--out", place)
@@ -171,6 +171,7 @@ def test_other_commands_check_their_settings_first(tmp_path, capsys):
         (("experiment", "basis", "--seeds", 0), "seeds: expected a whole number >= 1, got 0"),
         (("corrupt", "--test-size", 1001), "test_size: expected <= 1000, got 1001"),
         (("corrupt", "--data", "mnist"), "data: expected one of fashion-mini"),
+        (("corrupt", "--names", "mist"), "names: expected one of gaussian_noise"),
     ):
         assert message in refused(capsys, *arguments, "--out", tmp_path / "out")
         assert not (tmp_path / "out").exists()

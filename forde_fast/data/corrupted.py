@@ -14,6 +14,7 @@ import numpy as np
 
 from forde_fast.data.corruptions import CORRUPTIONS, PRESETS, corrupt
 from forde_fast.data.own import read_image
+from forde_fast.files import make_folder
 from forde_fast.validation import expect, one_of, whole
 
 SLICE_BYTES = 4 << 20  # of images that are held at a time
@@ -222,7 +223,7 @@ def write_corrupted(
     if path.exists():
         rows = _Rows(path, str(path))
         expect(np.array_equal(rows[:], repeated), "out", "the same labels", path, FileExistsError)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     _write_npy(path, repeated.shape, [repeated])
     for name in names:
         path = folder / f"{name}.npy"

@@ -67,12 +67,13 @@ class Lab:
                  say: Callable[[str], None] = lambda text: None):  # fmt: skip
         TrainConfig(**{name: value for name, value in vars(setting).items() if name in FIELDS})  # its checks
         whole(setting.seeds, "seeds")
-        self.setting, self.out, self.device, self.say = setting, make_folder(out), torch.device(device), say
+        self.setting, self.out, self.device, self.say = setting, Path(out), torch.device(device), say
         self.data = load(setting.data, data_dir)
         self.normalise = Normalisation.fit(self.data.train_images)
         self.x = self.normalise(self.data.train_images).to(self.device)
         self.y = self.data.train_labels.to(self.device)
         self.classes, self.shape = len(self.data.classes), tuple(self.x.shape[1:])
+        make_folder(self.out)
 
     @property
     def seeds(self) -> range:

@@ -20,7 +20,7 @@ from forde_fast.data import Images, load
 from forde_fast.doctor import read_log
 from forde_fast.evaluation.metrics import BINS
 from forde_fast.experiments import figures, summary
-from forde_fast.files import write
+from forde_fast.files import make_folder, write
 from forde_fast.methods import NAMES
 from forde_fast.run import Run
 from forde_fast.validation import expect
@@ -54,8 +54,7 @@ def report(folders: Sequence[str | Path], out: str | Path, data_dir: str | None 
              out. Raises FileNotFoundError for one without a run.
     """
     runs = [found for folder in folders for found in collect(Path(folder))]
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
+    out = make_folder(out)
     rows = as_rows(runs)
     parts = [summary.as_markdown(rows, "Report") if _comparable(rows) else summary.plain(rows, "Report")]
     pictures = {
