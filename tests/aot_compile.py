@@ -23,7 +23,7 @@ TILE = ("BLOCK_I", "BLOCK_J", "BLOCK", "ROWS", "COLUMNS", "SAMPLES", "LANES", "V
 TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float64: "*fp64"}
 
 
-def launches(members, others, samples, columns, dtype, with_product, normalize=True):
+def launches(members, others, samples, columns, dtype, with_product, at_once_too=True):
     """Every launch of the operations at this size: [(kernel, arguments, constants)]."""
     recorded = []
     repulsion._launch = lambda kernel, programs, tensors, numbers, constants: recorded.append(
@@ -32,18 +32,18 @@ def launches(members, others, samples, columns, dtype, with_product, normalize=T
     particles = torch.empty(members, samples, columns, dtype=dtype, device="meta")
     other = None if others is None else torch.empty(others, samples, columns, dtype=dtype, device="meta")
     alone = members == 1 and others is None
-    z = None if alone else repulsion.contrasts(particles, other, normalize, 1e-24)
+    z = None if alone else repulsion.contrasts(particles, other, True, 1e-24)
     product = z if with_product else None
-    d, alignment, inverse_norm = repulsion.pair_distances(particles, other, product, normalize, 1e-24)
+    d, alignment, inverse_norm = repulsion.pair_distances(particles, other, product, True, 1e-24)
     _, c, _, projection = repulsion.median_rule(d, alignment, 2.3)
     repulsion.combine(particles, other, product, inverse_norm, c, projection)
     if with_product:  # the low-rank path: K columns of the product
         repulsion.coordinates(particles, other, z[:, :, :256])
         mixed = torch.empty(particles.shape, dtype=z.dtype, device="meta")
-        repulsion.project(particles, mixed, other, None, normalize, 1e-24)
-        repulsion.project(particles, mixed, other, c, normalize, 1e-24)
+        repulsion.project(particles, mixed, other, None, True, 1e-24)
+        repulsion.project(particles, mixed, other, c, True, 1e-24)
     acc = repulsion._types(particles)[0]
-    if others is None and 2 <= members <= repulsion._most_rows_at_once(acc) and normalize:
+    if others is None and 2 <= members <= repulsion._most_rows_at_once(acc) and at_once_too:
         half = acc if acc == torch.float64 else torch.float16
         factor = torch.empty(columns, 256, dtype=acc, device="meta")
         matrix = torch.empty(columns, columns, dtype=half, device="meta") if with_product else None
