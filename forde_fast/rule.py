@@ -132,12 +132,6 @@ def kernel_rule(
     return value.to(d.dtype), c.to(d.dtype), _per_particle(h.expand_as(d), bandwidth).to(d.dtype)
 
 
-def kernel_weights(d: Tensor, h: Tensor) -> Tensor:
-    """p [Mi, Mj, G], the kernel values normalised over j and g, for h that broadcasts to d."""
-    kernel = torch.exp(-d.double() / h.double())
-    return kernel / kernel.sum((1, 2), keepdim=True)
-
-
 def _per_particle(h: Tensor, bandwidth) -> Tensor:
     """h [Mi, Mj, G] as [Mj, G], or as [Mi, G] where the first particle owns it."""
     first = getattr(bandwidth, "owner", "second") == "first"

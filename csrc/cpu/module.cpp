@@ -3,6 +3,7 @@
 #include <Python.h>
 
 #include <cstring>
+#include <initializer_list>
 
 #include "capability.h"
 

@@ -22,7 +22,6 @@ DATASETS = (
     "fashion-mini", "digits", "fashion-mnist", "cifar10", "cifar100", "tiny-imagenet", "svhn",
     "folder", "npz", "table",
 )  # fmt: skip
-OWN = ("folder", "npz", "table")  # data of the user's, which are nowhere but where she says
 
 FASHION_CLASSES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
