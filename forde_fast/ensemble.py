@@ -33,15 +33,9 @@ class Ensemble(nn.Module):
 
     def __init__(self, make_model: Callable[[], nn.Module], members: int = 10, seed: int = 0,
                  shared: str | Sequence[str] = ()):  # fmt: skip
-        expect(callable(make_model), "make_model", "a callable that returns a module", make_model, TypeError)
-        module = isinstance(make_model, nn.Module)
-        expect(
-            not module,
-            "make_model",
-            "a callable that returns a new module, not a module",
-            type(make_model).__name__,
-            TypeError,
-        )
+        makes = callable(make_model) and not isinstance(make_model, nn.Module)
+        got = type(make_model).__name__
+        expect(makes, "make_model", "a callable that returns a new module each time", got, TypeError)
         whole(members, "members")
         whole(seed, "seed", least=0)
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
