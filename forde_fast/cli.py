@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import functools
 import json
 import os
@@ -12,6 +11,7 @@ import sys
 from pathlib import Path
 
 from forde_fast.experiments import commands
+from forde_fast.parsing import Parser, rank
 
 METRICS = {"accuracy": "A", "nll": "NLL", "ece": "ECE"}  # in tables as the paper has them: A, cA, cNLL, ...
 PREFIX = {"clean": "", "validation": "v", "corrupted": "c", "corrupted_all": "a", "corrupted_grey": "g"}
@@ -23,16 +23,6 @@ LEGEND = {
     "corrupted_grey": "g: mean over the 4 that have harder severities for grey images, at these",
 }
 COMPARED = "de,forde-identity,forde-pca,forde-tuned"
-
-
-class Parser(argparse.ArgumentParser):
-    """One line for bad input, and exit status 2; of several processes, one says it."""
-
-    def error(self, message: str):
-        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
-
-    def exit(self, status: int = 0, message: str | None = None):
-        super().exit(status, message if _rank() == 0 else None)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -53,7 +43,7 @@ def _train(command):
     _add_config(command, skip=())
 
     def call(options) -> int:
-        run = _before_work(options, lambda: _prepared(options, _new_run(options, _settings(options))))
+        run = options.parser.checked(lambda: _prepared(options, _new_run(options, _settings(options))))
         metrics = _train_run(options, run, f"forde-fast train --resume --out {shlex.quote(str(run.folder))}")
         return _show(options, {run.config.method: metrics}, run.folder)
 
@@ -78,11 +68,11 @@ def _compare(command):
             runs = [_new_run(options, {**settings, "method": name, "out": str(folder / name)}) for name in names]
             return folder, [_prepared(options, run) for run in runs]
 
-        folder, runs = _before_work(options, prepare)
+        folder, runs = options.parser.checked(prepare)
         results = {run.config.method: _train_run(options, run, "the same command with --resume") for run in runs}
         plots.training({run.config.method: run.log() for run in runs}, folder / "training.png")
         _show(options, results, folder)
-        if "de" in results and len(results) > 1 and not options.json and not _rank():
+        if "de" in results and len(results) > 1 and not options.json and not rank():
             _against(results)
         return 0
 
@@ -103,7 +93,9 @@ def _evaluate(command):
         from forde_fast.run import open_run
 
         names = ("data_dir", "corrupted_dir", "ood", "ood_dir")
-        run = _before_work(options, lambda: open_run(options.run, **{name: getattr(options, name) for name in names}))
+        run = options.parser.checked(
+            lambda: open_run(options.run, **{name: getattr(options, name) for name in names})
+        )
         return _show(options, {run.config.method: run.evaluate()}, run.folder)
 
     return call
@@ -140,7 +132,7 @@ def _corrupt(command):
             write_corrupted(options.out, images, labels, names, options.preset, options.seed, print)
             print(f"{options.out / 'labels.npy'}\nread them with: --corrupted-dir {shlex.quote(str(options.out))}")
 
-        _before_work(options, work)
+        options.parser.checked(work)
         return 0
 
     return call
@@ -154,7 +146,7 @@ def _doctor(command):
     def call(options) -> int:
         from forde_fast.doctor import examine, read_log
 
-        found = _before_work(options, lambda: examine(read_log(options.run)))
+        found = options.parser.checked(lambda: examine(read_log(options.run)))
         if options.json:
             print(json.dumps([finding._asdict() for finding in found], indent=1))
         for name, seen, advice in () if options.json else found:
@@ -217,9 +209,9 @@ def _bench(command):
 
         names = ("shapes", "lengthscales", "providers", "rounds", "device", "dtype", "precision", "cache")
         selection = {name: getattr(options, name) for name in names}
-        measured = _before_work(options, lambda: benchmark.bench(**selection))
+        measured = options.parser.checked(lambda: benchmark.bench(**selection))
         if options.out is not None:
-            _before_work(options, lambda: make_folder(options.out))
+            options.parser.checked(lambda: make_folder(options.out))
         rows = []
         for case in measured:
             rows += case
@@ -251,11 +243,6 @@ def _info(command):
     return call
 
 
-def _rank() -> int:
-    """Of this process among those that torchrun started."""
-    return int(os.environ.get("RANK", "0"))
-
-
 COMMANDS = {
     "train": _train,
     "compare": _compare,
@@ -272,22 +259,12 @@ COMMANDS = {
 
 
 def _add_config(command, skip) -> None:
-    from forde_fast.config import FIELDS, kind_of
+    from forde_fast.config import FIELDS
 
     command.add_argument("config", nargs="?", help="a TOML file with any of the settings below")
     command.add_argument("--json", action="store_true", help="print the metrics as JSON")
     command.add_argument("--resume", action="store_true", help="go on with the run in --out, with its settings")
-    for name, field in FIELDS.items():
-        if name in skip:
-            continue
-        flag, kind, text = "--" + name.replace("_", "-"), kind_of(name), field.metadata["help"]
-        if kind is bool:
-            how = {"action": argparse.BooleanOptionalAction}
-            text += f"; default: {'yes' if field.default else 'no'}"
-        else:
-            how = {"type": kind, "metavar": kind.__name__.upper()}
-            text += f"; default: {field.default}" if field.default is not None else ""
-        command.add_argument(flag, default=None, help=text.replace("%", "%%"), **how)
+    command.add_settings(*(name for name in FIELDS if name not in skip))
 
 
 def _settings(options) -> dict:
@@ -314,20 +291,12 @@ def _prepared(options, run):
     return run
 
 
-def _before_work(options, prepare):
-    """What `prepare` makes; what is wrong with the input is one line and status 2."""
-    try:
-        return prepare()
-    except (TypeError, ValueError, OSError) as error:
-        options.parser.error(str(error))
-
-
 def _train_run(options, run, again: str) -> dict:
     """Train with a line of progress; what stops it is one line that says how to go on."""
     from forde_fast import distributed
     from forde_fast.signals import Interrupted
 
-    say = functools.partial(print, file=sys.stderr) if _rank() == 0 else lambda text: None
+    say = functools.partial(print, file=sys.stderr) if rank() == 0 else lambda text: None
     if run.finished:
         say(f"{run.folder}: this run is finished, there is nothing to resume")
         return run.train(resume=True)
@@ -346,26 +315,19 @@ def _train_run(options, run, again: str) -> dict:
         name = signal.Signals(stop.number).name
         options.parser.exit(128 + stop.number, f"interrupted by {name}, all is kept; go on with: {again}\n")
     except OSError as error:
-        _stop(options, f"{error}; go on with: {again}")
+        options.parser.stop(f"{error}; go on with: {again}")
     except ValueError as error:  # numbers that are no longer finite
-        _stop(options, f"{error}; see: forde-fast doctor {run.folder}")
+        options.parser.stop(f"{error}; see: forde-fast doctor {run.folder}")
     except MemoryError as error:
-        _stop(options, f"out of memory: {error}; {again} takes another --members-at-a-time")
+        options.parser.stop(f"out of memory: {error}; {again} takes another --members-at-a-time")
     except RuntimeError as error:
         if not distributed.lost(error):
             raise
         options.parser.exit(1, f"{options.parser.prog}: another process ended; go on with: {again}\n")
 
 
-def _stop(options, reason: str) -> None:
-    """One line from the process that something happened to, and status 1."""
-    where = f" in rank {_rank()}" if _rank() else ""
-    print(f"{options.parser.prog}: error{where}: {reason}", file=sys.stderr)
-    options.parser.exit(1)
-
-
 def _show(options, results: dict[str, dict], folder) -> int:
-    if _rank():
+    if rank():
         return 0
     if options.json:
         print(json.dumps(results, indent=1))

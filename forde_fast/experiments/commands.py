@@ -17,18 +17,14 @@ def reproduce(command):
     command.add_argument("table", help=f"one of {', '.join(TABLES)}")
     command.add_argument("--methods", metavar="NAME,...", help="de and others; default: the table's")
     command.add_argument("--seeds", type=int, help="default: the table's")
-    command.add_argument("--members", type=int)
-    command.add_argument("--epochs", type=int)
-    command.add_argument("--train-size", type=int)
-    command.add_argument("--test-size", type=int)
+    command.add_settings("members", "epochs", "train_size", "test_size", default="the table's")
     command.add_argument("--data-dir", help="the data set's folder")
     command.add_argument("--corrupted-dir", help="CIFAR-10-C's files, or others like them; default: copies made here")
-    command.add_argument("--device", default="auto")
+    command.add_argument("--device", default="auto", help="such as cpu, cuda, cuda:1; auto: a GPU where there is one")
     command.add_argument("--out", help="default: runs/TABLE")
     command.add_argument("--json", action="store_true", help="print the scores of all runs as JSON")
 
     def call(options) -> int:
-        from forde_fast import cli
         from forde_fast.experiments.reproduce import Reproduction
         from forde_fast.experiments.summary import as_markdown
         from forde_fast.files import write
@@ -48,7 +44,7 @@ def reproduce(command):
             data = options.data_dir, options.device
             return Reproduction(replace(table, **given), folder, *data, say, options.corrupted_dir)
 
-        work = cli._before_work(options, prepare)
+        work = options.parser.checked(prepare)
         try:
             rows = work.run()
         except Interrupted as stop:
@@ -56,7 +52,7 @@ def reproduce(command):
             text = f"interrupted by {name}, all is kept; the same command goes on\n"
             options.parser.exit(128 + stop.number, text)
         except (OSError, ValueError, MemoryError) as error:  # a full disk, numbers no longer finite, ...
-            cli._stop(options, f"{error}; all is kept; the same command goes on")
+            options.parser.stop(f"{error}; all is kept; the same command goes on")
         text = as_markdown(rows, options.table)
         write(work.folder / "table.md", text.encode())
         print(json.dumps(rows, indent=1) if options.json else text)
@@ -73,11 +69,10 @@ def report(command):
     command.add_argument("--data-dir", help="the data set's folder, if it is another than in training")
 
     def call(options) -> int:
-        from forde_fast import cli
         from forde_fast.experiments.report import report
 
         out = Path(options.out or Path(options.runs[0]) / "report")
-        print(cli._before_work(options, lambda: report(options.runs, out, options.data_dir)))
+        print(options.parser.checked(lambda: report(options.runs, out, options.data_dir)))
         return 0
 
     return call
@@ -89,19 +84,14 @@ def experiment(command):
 
     command.add_argument("name", help=f"one of {', '.join(EXPERIMENTS)}")
     command.add_argument("--setting", default="small", help="small, paper or paper-cifar10; default: %(default)s")
-    command.add_argument("--data")
-    command.add_argument("--data-dir")
-    command.add_argument("--model")
-    command.add_argument("--width", type=int)
-    command.add_argument("--members", type=int)
-    command.add_argument("--seeds", type=int)
-    command.add_argument("--epochs", type=int)
-    command.add_argument("--repulsion-weight", type=float)
-    command.add_argument("--device", default="auto")
+    names = ("data", "model", "width", "members", "epochs", "repulsion_weight")
+    command.add_settings(*names, default="the setting's")
+    command.add_argument("--seeds", type=int, help="trainings of each kind; default: the setting's")
+    command.add_argument("--data-dir", help="folder or file of a data set that does not come with the package")
+    command.add_argument("--device", default="auto", help="such as cpu, cuda, cuda:1; auto: a GPU where there is one")
     command.add_argument("--out", help="default: runs/experiments/NAME")
 
     def call(options) -> int:
-        from forde_fast import cli
         from forde_fast.experiments.lab import SETTINGS, Lab
         from forde_fast.experiments.registry import run
         from forde_fast.run import find_device
@@ -110,13 +100,12 @@ def experiment(command):
         def prepare():
             one_of(options.name, "name", EXPERIMENTS)
             setting = SETTINGS[one_of(options.setting, "setting", SETTINGS)]
-            names = ("data", "model", "width", "members", "seeds", "epochs", "repulsion_weight")
-            given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+            given = {name: getattr(options, name) for name in (*names, "seeds") if getattr(options, name) is not None}
             out = Path(options.out or f"runs/experiments/{options.name}")
             say = functools.partial(print, file=sys.stderr, flush=True)
             return Lab(replace(setting, **given), out, options.data_dir, find_device(options.device), say)
 
-        print(run(options.name, cli._before_work(options, prepare)))
+        print(run(options.name, options.parser.checked(prepare)))
         return 0
 
     return call

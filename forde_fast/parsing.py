@@ -1,0 +1,54 @@
+"""A command line's parser: one line for bad input or for what stopped the work, and its exit status."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from typing import NoReturn, TypeVar
+
+Made = TypeVar("Made")
+
+
+def rank() -> int:
+    """Of this process among those that torchrun started."""
+    return int(os.environ.get("RANK", "0"))
+
+
+class Parser(argparse.ArgumentParser):
+    """One line for bad input, and exit status 2; of several processes, one says it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        super().exit(status, message if rank() == 0 else None)
+
+    def add_settings(self, *names: str, default: str | None = None) -> None:
+        """A flag for each of these settings of `TrainConfig`, None where not given; default: what its help says."""
+        from forde_fast.config import FIELDS, kind_of
+
+        for name in names:
+            flag, kind, text = "--" + name.replace("_", "-"), kind_of(name), FIELDS[name].metadata["help"]
+            value = default or FIELDS[name].default
+            if kind is bool:
+                how, value = {"action": argparse.BooleanOptionalAction}, "yes" if value else "no"
+            else:
+                how = {"type": kind, "metavar": kind.__name__.upper()}
+            if value is not None:
+                text = f"{text.split('; default')[0]}; default: {value}"
+            self.add_argument(flag, default=None, help=text.replace("%", "%%"), **how)
+
+    def checked(self, prepare: Callable[[], Made]) -> Made:
+        """What `prepare` makes, before any work; what is wrong with the input is one line and status 2."""
+        try:
+            return prepare()
+        except (TypeError, ValueError, OSError) as error:
+            self.error(str(error))
+
+    def stop(self, reason: str) -> NoReturn:
+        """One line from the process that something happened to, and status 1."""
+        where = f" in rank {rank()}" if rank() else ""
+        print(f"{self.prog}: error{where}: {reason}", file=sys.stderr)
+        self.exit(1)
