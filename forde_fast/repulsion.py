@@ -113,7 +113,7 @@ def repulsion(
     are not inspected: that would wait for the device) and RuntimeError, with the reason, for a backend that
     cannot run here. Source: Trinh et al., ICLR 2024, equations 16 and 17 and the published code.
     """
-    name, implementation = _choose(backend, particles, others, lengthscale, eps, precision)
+    name, implementation = _choose(backend, particles, others, lengthscale, normalize, eps, precision)
     check_bandwidth(bandwidth, particles if others is None else others)
     if name == "reference":
         _check_finite(particles, others)
@@ -154,7 +154,7 @@ def distances(
     particles, lengthscale=None, *, others=None, normalize=True, eps=1e-24, backend="auto", precision="tf32"
 ):
     """The first stage of `repulsion`, with its arguments: d [M, N, G], and the state that `combine` takes."""
-    name, implementation = _choose(backend, particles, others, lengthscale, eps, precision)
+    name, implementation = _choose(backend, particles, others, lengthscale, normalize, eps, precision)
     if name == "reference":
         _check_finite(particles, others)
         return implementation.distances(particles, lengthscale, others, normalize, eps)
@@ -277,11 +277,12 @@ def _factors(lengthscale, rows):
     return lengthscale.factors(dtype, rows.device) if hasattr(lengthscale, "factors") else None
 
 
-def _choose(backend: str, particles, others, lengthscale, eps, precision):
+def _choose(backend: str, particles, others, lengthscale, normalize, eps, precision):
     """Validate, then the backend's name and the module or namespace that has its operations."""
     check_backend(backend)
     validation.lengthscale(lengthscale)
     validation.particles_and_others(particles, others, getattr(lengthscale, "dimension", None))
+    validation.truth(normalize, "normalize")
     validation.positive(eps, "eps")
     validation.one_of(precision, "precision", PRECISIONS)
     if backend == "auto":

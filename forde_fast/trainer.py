@@ -125,6 +125,8 @@ class Trainer:
         given = optimizer is None or callable(optimizer)
         expect(given, "optimizer", "a callable that takes parameters", type(optimizer).__name__, TypeError)
         validation.whole(seed, "seed", least=0)
+        validation.truth(nesterov, "nesterov")
+        validation.truth(accelerate, "accelerate")
         validation.one_of(strategy, "strategy", ("auto", *KINDS))
         validation.whole(repulsion_every, "repulsion_every")
         if repulsion_samples is not None:
@@ -264,6 +266,7 @@ class Trainer:
         validation.whole(epochs, "epochs")
         iterable = hasattr(loader, "__iter__") or hasattr(loader, "__getitem__")
         expect(iterable, "loader", "an iterable of batches", type(loader).__name__, TypeError)
+        expect(callable(schedule), "schedule", "a callable (progress) -> factor", schedule, TypeError)
         random, self._random = self._random, []
         if not random:  # no state was loaded to go on from
             self.position = Position()

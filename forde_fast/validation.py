@@ -82,6 +82,10 @@ def positive(value: float, name: str, allow_zero: bool = False) -> None:
     expect(good, name, "a finite number " + (">= 0" if allow_zero else "> 0"), repr(value))
 
 
+def truth(value: bool, name: str) -> None:
+    expect(isinstance(value, bool), name, "True or False", repr(value)[:80], TypeError)
+
+
 def whole(value: int, name: str, least: int = 1) -> None:
     good = isinstance(value, numbers.Integral) and not isinstance(value, bool) and value >= least
     expect(good, name, f"a whole number >= {least}", repr(value))

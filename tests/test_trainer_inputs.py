@@ -107,6 +107,8 @@ BAD_ARGUMENTS = [
     ({"lengthscale": torch.eye(12)}, TypeError, r"^lengthscale: expected None or .*, got Tensor"),
     ({"optimizer": 5}, TypeError, r"^optimizer: expected a callable that takes parameters, got int"),
     ({"loss": "cross_entropy"}, TypeError, r"^loss: expected a callable"),
+    ({"accelerate": "no"}, TypeError, r"^accelerate: expected True or False, got 'no'"),
+    ({"nesterov": None}, TypeError, r"^nesterov: expected True or False, got None"),
     ({"seed": -1}, ValueError, r"^seed: expected a whole number >= 0, got -1"),
 ]
 
@@ -136,6 +138,8 @@ def test_empty_loader():
     trainer = ff.Trainer(ff.Ensemble(net, 2))
     with pytest.raises(TypeError, match=r"^loader: expected an iterable of batches, got int$"):
         trainer.fit(3, 1)
+    with pytest.raises(TypeError, match=r"^schedule: expected a callable"):
+        trainer.fit([(X, Y)], 1, schedule=0.1)
     with pytest.raises(ValueError, match=r"^loader: expected at least one batch .*, got none in epoch 0"):
         trainer.fit([], 3)
     with pytest.raises(ValueError, match=r"^loader: .* none in epoch 1"):
