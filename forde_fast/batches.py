@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from forde_fast import validation
+from forde_fast import guards, validation
 from forde_fast.ensemble import Ensemble, evaluation_mode
 from forde_fast.spaces import InputGradients
 from forde_fast.step import Objective
@@ -60,6 +60,8 @@ def read(batches: Iterator, epoch: int, batch: int) -> Iterator[tuple[Tensor, Te
         except StopIteration:
             return
         except Exception as error:
+            if guards.is_memory(error):  # which has an answer of its own
+                raise
             where, reason = f"epoch {epoch}, batch {batch}", f"{type(error).__name__}: {reason_of(error)}"
             raise RuntimeError(f"loader: expected a batch (x, y) in {where}, got {reason}") from error
         yield x, y

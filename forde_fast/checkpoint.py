@@ -19,6 +19,7 @@ from forde_fast.validation import expect, reason_of
 
 KEPT = 2  # checkpoints: should the last one be damaged, there is one before it
 DIGITS = 16  # of the SHA-256 in a checkpoint's name
+ODD = (LookupError, TypeError, AttributeError, ValueError, RuntimeError)  # what a file with another content leads to
 
 
 def save_ensemble(path: str | Path, ensemble: Ensemble) -> None:
@@ -152,13 +153,18 @@ class Checkpoints:
     def read(self, step: int, own: range | None = None) -> dict:
         """The state of a step that `check` found, of all members or, where `own` names some, with theirs alone.
 
-        The generators' states are this rank's where as many ranks wrote as there are now, else None.
+        The generators' states are this rank's where as many ranks wrote as there are now, else None. Raises
+        ValueError for pieces with the right checksum that are no pieces of one state.
         """
         states = []
-        for path in self.pieces()[step]:
-            state = unpack(path.read_bytes())
-            states.append(only(state, own) if own is not None else state)
-        return joined(states, self.rank if len(states) == self.ranks else None)
+        try:
+            for path in self.pieces()[step]:
+                state = unpack(path.read_bytes())
+                states.append(only(state, own) if own is not None else state)
+            return joined(states, self.rank if len(states) == self.ranks else None)
+        except ODD as error:
+            got = f"others in {self.folder} ({reason_of(error)})"
+            raise ValueError(f"checkpoints: expected the pieces of one state, got {got}") from None
 
 
 def _place(path: Path) -> tuple[int, int, int] | None:
@@ -223,6 +229,35 @@ def read_member(folder: str | Path, index: int) -> dict[str, Tensor]:
     raise ValueError(f"index: expected the number of a member in {folder}, got {index}")
 
 
+def check_trained(state: dict, own: dict) -> None:
+    """Raise ValueError, naming the first that is odd, unless `state` can take the place of a trainer's `own`; the
+    ensemble's and the optimiser's part is left to them."""
+    for name, value in own.items():
+        found = state.get(name)
+        if isinstance(value, Tensor):
+            good = isinstance(found, Tensor) and found.shape == value.shape
+        elif name == "position":
+            counts = isinstance(found, (list, tuple)) and len(found) == len(value)
+            good = counts and all(n is None or (type(n) is int and n >= 0) for n in found) and None not in found[:2]
+        elif name == "random":
+            good = found is None or _is_random(found)
+        elif name == "optimizer":
+            good = found is None or isinstance(found, dict)
+        else:
+            good = type(found) is type(value)
+        got = list(found.shape) if isinstance(found, Tensor) else repr(found)[:60]
+        expect(good, name, "what a trainer keeps of it", got)
+
+
+def _is_random(states) -> bool:
+    """Whether the first is one of a generator on the CPU."""
+    try:
+        torch.Generator().set_state(states[0])
+    except ODD:
+        return False
+    return all(isinstance(one, Tensor) for one in states)
+
+
 def copied(value):
     """The same with every tensor copied to the CPU, in memory of its own."""
     if isinstance(value, Tensor):
@@ -262,7 +297,7 @@ def unpack(content: bytes) -> dict:
         state = _unpacked(content)
         expect(isinstance(state, dict), "state", "a dict", type(state).__name__)
         return state
-    except (SafetensorError, LookupError, TypeError, AttributeError, RecursionError, ValueError) as error:
+    except (SafetensorError, *ODD) as error:
         reason = reason_of(error)
         raise ValueError(f"state: expected what a training keeps, in safetensors, got another ({reason})") from None
 

@@ -62,12 +62,22 @@ def read_log(folder: str | Path) -> list[dict]:
     for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
-            expect("cross_entropy" in record, f"{path}, line {number}", "a step of a run", line[:40])
-            log.append(record)
-        except (json.JSONDecodeError, TypeError):
-            if number < len(lines):  # the last line of a run that is being written may be cut off
-                raise ValueError(f"{path}, line {number}: expected a step of a run, got {line[:40]!r}") from None
+        except (ValueError, RecursionError):
+            if number == len(lines):  # the last line of a run that is being written may be cut off
+                break
+            record = None
+        expect(_is_step(record, (log or [record])[0]), f"{path}, line {number}", "a step of a run", repr(line[:40]))
+        log.append(record)
     return log
+
+
+def _is_step(record, first) -> bool:
+    """Whether it has the numbers that the checks look at, in a log with this first record."""
+    wanted = {"step", "cross_entropy"}
+    if isinstance(first, dict) and "kernel_mean" in first:
+        wanted |= {"rows", "kernel_mean", "gradient_cosine", "bandwidth_median", "gradient_ratio", "dead_rows"}
+        wanted |= {"input_alignment", "input_variance"}
+    return isinstance(record, dict) and all(type(record.get(name)) in (int, float) for name in wanted)
 
 
 def _middle(log: Sequence[dict], key: str) -> float:

@@ -119,7 +119,7 @@ class Ensemble(nn.Module):
     def check_state(self, tensors: dict[str, Tensor]) -> None:
         """Raise ValueError, naming the first that is odd, unless these are this ensemble's parameters and buffers."""
         own = {name: tuple(tensor.shape) for name, tensor in self.state_dict().items()}
-        found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        found = {name: tuple(getattr(tensor, "shape", ("no tensor",))) for name, tensor in tensors.items()}
         odd = sorted(name for name in own.keys() | found.keys() if own.get(name) != found.get(name))
         if odd:
             raise ValueError(f"state: expected the ensemble's {odd[0]} {own.get(odd[0])}, got {found.get(odd[0])}")

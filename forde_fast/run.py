@@ -106,6 +106,7 @@ class Run:
             self.ensemble = self._make_ensemble()
         else:
             self.ensemble = self.mesh.ensemble(self._make_model, config.seed, self._shared).to(self.device)
+            self.mesh.check(self.ensemble, config.strategy)
         self.strength = config.repulsion_weight * len(self.images) / min(config.batch_size, len(self.images))
 
     def prepare(self, resume: bool = False) -> None:
@@ -166,7 +167,7 @@ class Run:
         seconds = 0.0
         if self.state is not None:
             trainer.load_state_dict(self.state)
-            seconds = self.state["seconds"]
+            seconds = self.state.get("seconds", 0.0)
         with StopSignals() as stop, self._threads():
             seconds += self._fit(trainer, loader, stop, seconds, progress and self.mesh.rank == 0)
             if self.mesh.rank:

@@ -1,10 +1,10 @@
 """What a step on a mesh sends and how long it takes, as a model: the figures of docs/scaling.md.
 
-Bytes are exact: `tests/test_distributed.py` counts what a step hands to torch.distributed. Times are estimates: what
-is computed, bytes over links, a latency per call, less what overlaps. `python -m forde_fast.scaling` prints tables.
+Bytes are exact: `tests/test_distributed.py` counts what a step of every method hands to torch.distributed. Times are
+estimates, by a simulation: what is computed, bytes over links, a latency per call, each begun when the step begins
+it; `bench/mesh.py` compares them with steps measured here. `python -m forde_fast.scaling` prints the tables.
 
-M members, B batch, D input dimension, K numbers that are sent of a particle (D, or the rank of a lengthscale without
-tail), P parameters of a member.
+M members, B batch, D input dimension, K numbers that are sent of a sample, P parameters of a member.
 """
 
 from __future__ import annotations
@@ -13,16 +13,24 @@ from dataclasses import dataclass, replace
 
 from forde_fast.distributed.parts import cut
 
-NUMBERS = 7  # of the log that all ranks add up at every step
+NUMBERS = 7  # of the log that all ranks add up at every step that repels
 # rows [C] that a synchronised BatchNorm adds up in a step, and in how many calls: statistics [2] and [1], the
-# backward passes of both sweeps [2] and [2], the second-order pass [3]
-NORM_ROWS, NORM_CALLS = 10, 5
+# backward pass [2]; of input gradients besides the backward pass of the first sweep [2] and the second-order one [3]
+NORM_ROWS, NORM_CALLS = {"plain": 5, "second order": 10}, {"plain": 3, "second order": 5}
+# forward passes' worth of work before particles are sent and after cotangents came back
+PASSES = {"plain": (1, 2), "second order": (2, 4)}
 
 
 @dataclass(frozen=True)
 class Step:
     """members, batch, parameters   M, B, P
-    sent             K
+    split            what is cut into shares, as the method's space says it: "samples", "columns" or "nothing"; None:
+                     nothing repels
+    sent             K: D, or the rank of a lengthscale without tail, of input gradients; the classes of outputs; the
+                     features of a last layer
+    whole            of input gradients: whether the rule needs the distances of all samples
+    directions       of features along so many directions
+    shared           parameters that all members have in common
     channels, norms  of a member's synchronised BatchNorm layers together; how many they are
     itemsize         bytes of a number of a particle and of a gradient
     forward          operations of one sample's forward pass
@@ -30,12 +38,20 @@ class Step:
 
     members: int
     batch: int
-    sent: int
     parameters: int
+    sent: int = 0
+    split: str | None = "samples"
+    whole: bool = False
+    directions: int = 0
+    shared: int = 0
     channels: int = 0
     norms: int = 0
     itemsize: int = 4
     forward: float = 0.0
+
+    @property
+    def order(self) -> str:
+        return "second order" if self.split == "samples" else "plain"
 
 
 @dataclass(frozen=True)
@@ -55,20 +71,32 @@ class Machine:
 
 def payloads(step: Step, rows: int, parts: int, rank: int = 0) -> dict[str, int]:
     """Bytes that rank `rank` hands over in a step that measures nothing beside: for "exchange", those meant for other
-    ranks; for sums, the sums' own size."""
-    ranks, row, column = rows * parts, rank // parts, rank % parts
-    own = _size(cut(step.members, rows)[row])
+    ranks; for sums and what is gathered, the rank's own size."""
+    ranks, row, column, item = rows * parts, rank // parts, rank % parts, step.itemsize
+    members, own = step.members, _size(cut(step.members, rows)[row])
     samples = _size(cut(step.batch, parts)[column])
-    share = _size(cut(samples, rows)[row])
-    particle = step.sent * step.itemsize
-    found = dict.fromkeys(("exchange", "gradients", "norms", "logarithm", "log"), 0)
+    found = dict.fromkeys(("exchange", "gradients", "norms", "sums", "gathered", "shared", "log"), 0)
     if rows > 1:
-        found["exchange"] = (own * (samples - share) + (step.members - own) * share) * particle
+        units, each = {
+            "samples": (samples, step.sent),
+            "columns": (samples * step.sent, 2 if step.directions else 1),
+            "nothing": (_size(cut(step.parameters, parts)[column]), 1),
+            None: (0, 0),
+        }[step.split]
+        share = _size(cut(units, rows)[row])
+        found["exchange"] = (own * (units - share) + (members - own) * share) * each * item
+        found["shared"] = step.shared * item
     if parts > 1:
-        found["gradients"] = own * step.parameters * step.itemsize
-        found["norms"] = own * step.channels * 8 * NORM_ROWS
+        found["gradients"] = own * step.parameters * item
+        found["norms"] = own * step.channels * 8 * NORM_ROWS[step.order]
     if ranks > 1:
-        found["logarithm"], found["log"] = 8 * step.members, 8 * NUMBERS
+        found["log"] = 8 * (NUMBERS if step.split else 1)
+        if step.whole:
+            most = _size(cut(_size(cut(step.batch, parts)[0]), rows)[0])  # samples of the rank that has the most
+            found["gathered"] = 8 + members**2 * most * item
+        else:
+            columns = members**2 + members * (min(step.directions, members) or 1)
+            found["sums"] = 8 * {"samples": members, None: 0}.get(step.split, columns)
     return found
 
 
@@ -78,67 +106,89 @@ def _size(part: slice) -> int:
 
 def on_the_wire(payload: dict[str, int], rows: int, parts: int) -> dict[str, float]:
     """What a rank sends: a sum among n ranks takes 2 (n - 1) / n of its size, as a ring does it."""
-    groups = {"exchange": None, "gradients": parts, "norms": parts, "logarithm": rows * parts, "log": rows * parts}
-    return {name: payload[name] if n is None else payload[name] * 2 * (n - 1) / n for name, n in groups.items()}
+    ranks = rows * parts
+    around = {"gradients": parts, "norms": parts, "sums": ranks, "shared": rows, "log": ranks}
+    factor = {name: 2 * (n - 1) / n for name, n in around.items()} | {"exchange": 1, "gathered": ranks - 1}
+    return {name: size * factor[name] for name, size in payload.items()}
 
 
-def seconds(step: Step, machine: Machine, rows: int, parts: int) -> dict[str, float]:
-    """Of a step on the busiest rank, by part; "step" is the whole with what overlaps taken off.
+def simulate(step: Step, machine: Machine, rows: int, parts: int) -> dict[str, float]:
+    """Seconds of a step on the busiest rank: those of its computation, "uneven" those by which it has more of it than
+    the average rank, and those in which it does nothing but wait, by what for; "step" is all of them together.
 
-    Per sample and member a step takes 6 forward passes (docs: forward, input gradient, and four for the second-order
-    sweep). Exchanges of all members but the last one are hidden behind the passes of the next, sums of gradients of
-    all but the last behind its second-order sweep.
+    The rank computes and its link sends, each one thing after the other: the next member is computed while the
+    particles of one are on their way, and pulled back while the gradients of one are added up.
     """
     own, samples = -(-step.members // rows), -(-step.batch // parts)
-    sent = on_the_wire(payloads(step, rows, parts), rows, parts)
+    sent, many = on_the_wire(payloads(step, rows, parts), rows, parts), rows * parts > 1
     near = machine.link if parts <= machine.node else machine.wide
     far = machine.link if rows * parts <= machine.node else machine.wide
-    compute = 6 * own * samples * step.forward / machine.peak
-    exchange = sent["exchange"] / far + (2 * own * machine.latency if rows > 1 else 0)
-    gradients = sent["gradients"] / near + (own * machine.latency if parts > 1 else 0)
-    norms = sent["norms"] / near + (own * step.norms * NORM_CALLS * machine.latency if parts > 1 else 0)
-    small = (2 * machine.latency if rows * parts > 1 else 0) + (sent["logarithm"] + sent["log"]) / far
-    hidden = (own - 1) / own
-    shown = exchange - min(exchange * hidden, compute) + gradients - min(gradients * hidden, compute) + norms + small
-    return {
-        "compute": compute,
-        "exchange": exchange,
-        "gradients": gradients,
-        "norms": norms,
-        "small": small,
-        "step": compute + shown,
-    }
+    there, back = (passes * samples * step.forward / machine.peak for passes in PASSES[step.order])
+    calls = step.norms * NORM_CALLS[step.order] * machine.latency if parts > 1 else 0.0
+    norms = calls + sent["norms"] / own / near
+    waits = dict.fromkeys(("exchange", "gradients", "norms", "small"), 0.0)
+    now = free = 0.0
+
+    def send(size: float, pace: float) -> float:
+        nonlocal free
+        free = max(now, free) + machine.latency + size / pace
+        return free
+
+    def wait(until: float, why: str) -> None:
+        nonlocal now
+        waits[why] += max(until - now, 0.0)
+        now = max(until, now)
+
+    exchanges = rows > 1 and step.split is not None
+    for _ in range(own):
+        now += there
+        wait(now + norms / 2, "norms")
+        if exchanges:
+            send(sent["exchange"] / own / 2, far)
+    wait(free, "exchange")
+    small = (sent["sums"] + sent["gathered"] + sent["log"] + sent["shared"]) / far
+    wait(now + small + (2 * machine.latency if many else 0), "small")
+    backs = [send(sent["exchange"] / own / 2, far) if exchanges else now for _ in range(own)]
+    for arrived in backs:
+        wait(arrived, "exchange")
+        now += back
+        wait(now + norms / 2, "norms")
+        if parts > 1:
+            send(sent["gradients"] / own, near)
+    wait(free, "gradients")
+    even = (there + back) * step.members * step.batch / (rows * parts * samples)
+    return {"compute": even, "uneven": own * (there + back) - even, **waits, "step": now}
 
 
 def table(step: Step, machine: Machine, ranks: tuple[int, ...]) -> list[dict]:
     """For each number of ranks the fastest grid of those that divide it: its time, efficiency and what limits it."""
-    alone = seconds(step, machine, 1, 1)["step"]
+    alone = simulate(step, machine, 1, 1)["step"]
     rows = []
     for count in ranks:
         grids = [(count // parts, parts) for parts in range(1, min(count, step.batch) + 1) if count % parts == 0]
         grids = [(a, b) for a, b in grids if a <= step.members]
         if not grids:
             continue
-        a, b = min(grids, key=lambda grid: seconds(step, machine, *grid)["step"])
-        found = seconds(step, machine, a, b)
-        parts = {name: value for name, value in found.items() if name != "step"}
-        limit = max((name for name in parts if name != "compute"), key=parts.get)
+        times = {grid: simulate(step, machine, *grid) for grid in grids}
+        (a, b), found = min(times.items(), key=lambda item: item[1]["step"])
+        losses = {name: lost for name, lost in found.items() if name not in ("compute", "step")}
+        limit = max(losses, key=losses.get) if max(losses.values()) > 0 else "none"
         rows.append({"ranks": count, "rows": a, "parts": b, **found, "efficiency": alone / count / found["step"],
                      "next": limit})  # fmt: skip
     return rows
 
 
 # ResNet50 on ImageNet and ResNet18 on CIFAR: operations and parameters of their papers, C summed over the layers
-IMAGENET = Step(16, 4096, 256, 25_557_032, 26_560, 53, forward=8.2e9)
-CIFAR = Step(10, 128, 3072, 11_173_962, 4_800, 20, forward=1.08e9)
+IMAGENET = Step(16, 4096, 25_557_032, 256, channels=26_560, norms=53, forward=8.2e9)
+CIFAR = Step(10, 128, 11_173_962, 3072, channels=4_800, norms=20, forward=1.08e9)
 H100 = Machine(peak=200e12, link=300e9, wide=40e9, latency=30e-6)
 ETHERNET = Machine(peak=200e12, link=300e9, wide=1.2e9, latency=60e-6)
 
 
 def as_text(rows: list[dict]) -> str:
     """The rows of `table` in Markdown, in milliseconds."""
-    times = ("compute", "exchange", "gradients", "norms", "small", "step")
-    lines = ["| ranks | members x data | " + " | ".join(times) + " | efficiency | next limit |", "|---" * 10 + "|"]
+    times = ("compute", "uneven", "exchange", "gradients", "norms", "small", "step")
+    lines = ["| ranks | members x data | " + " | ".join(times) + " | efficiency | next limit |", "|---" * 11 + "|"]
     for row in rows:
         numbers = " | ".join(f"{1e3 * row[name]:.3g}" for name in times)
         grid = f"{row['rows']} x {row['parts']}"

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from forde_fast import graph, guards, heap, memory, second_order, validation
 from forde_fast.batches import Check, read
+from forde_fast.checkpoint import ODD, check_trained
 from forde_fast.choice import choose
 from forde_fast.ensemble import Ensemble, split_row
 from forde_fast.methods import Method, resolve
@@ -33,7 +34,7 @@ from forde_fast.step import (
     update,
 )
 from forde_fast.strategies import KINDS, Strategy, random_state, set_random_state
-from forde_fast.validation import expect
+from forde_fast.validation import expect, reason_of
 
 __all__ = ["MEASURED", "RATIO_EVERY", "SGD", "Log", "Objective", "State", "Trainer", "gradient", "init",
            "published_schedule", "update"]  # fmt: skip
@@ -336,17 +337,22 @@ class Trainer:
         """Go on from where `state` was taken, of a trainer with the same ensemble, method and optimiser.
 
         `state["random"]` may be None: masks are then drawn anew. Raises ValueError, with nothing changed, for another
-        ensemble or another kind of optimiser.
+        ensemble, another kind of optimiser, or what is no such state.
         """
-        self.ensemble.check_state(state["ensemble"])
+        ensemble = state.get("ensemble")
+        self.ensemble.check_state(ensemble if isinstance(ensemble, dict) else {})
+        check_trained(state, self.state_dict())
         kinds = ["torch's" if own else "this trainer's SGD" for own in (self.optimizer, state["optimizer"])]
         expect(kinds[0] == kinds[1], "optimizer", f"{kinds[1]}, as in the state", kinds[0])
+        if self.optimizer is not None:
+            try:
+                numbered = {int(index): own for index, own in state["optimizer"]["state"].items()}  # JSON has texts
+                self.optimizer.load_state_dict({**state["optimizer"], "state": numbered})
+            except ODD as error:
+                raise ValueError(f"optimizer: expected a state of it, got another ({reason_of(error)})") from None
         self.ensemble.load_state_dict(state["ensemble"])
         self.velocity = self.velocity.to(self.ensemble.flat)
         self.velocity.copy_(state["velocity"])
-        if self.optimizer is not None:
-            numbered = {int(index): own for index, own in state["optimizer"]["state"].items()}  # JSON's keys are text
-            self.optimizer.load_state_dict({**state["optimizer"], "state": numbered})
         self.steps, self.epochs, self.seed = state["steps"], state["epochs"], state["seed"]
         self.position, self._random = Position(*state["position"]), state["random"] or self._drawn_anew()
         self._seen = Log(*state["seen"].to(self.ensemble.flat.device, copy=True))

@@ -1,13 +1,16 @@
 """python rank_runs.py FOLDER: runs of several processes that are stopped and go on as another number of them.
 
-Prints, as JSON, what `test_distributed.py` looks at.
+Prints, as JSON, what `test_distributed.py` looks at. Under torchrun it is a worker: `forde-fast train`, of which one
+process is killed.
 """
 
 import errno
 import json
 import os
+import re
 import shutil
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -15,7 +18,7 @@ import kill_runs
 import torch
 from safetensors.torch import load_file
 
-from forde_fast import checkpoint, models
+from forde_fast import checkpoint, cli, models
 from forde_fast.trainer import Trainer
 
 
@@ -51,6 +54,22 @@ def off(folder: Path, other: Path) -> float:
     return float((own - wanted).norm() / wanted.norm())
 
 
+def under_torchrun(folder: Path) -> str:
+    """What torchrun and two workers say, of which one is killed in its first life."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["--max-restarts", "1", __file__, str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stderr
+
+
+def worker(folder: Path) -> None:
+    if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        at_step(20, lambda: os.kill(os.getpid(), signal.SIGKILL))(int(os.environ["RANK"]))
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in kill_runs.SETTINGS.items()]
+    sys.exit(cli.main(["train", *flags, "--checkpoint-every=3", f"--out={folder}"]))
+
+
 def main(folder: Path) -> None:
     found = {}
     for ranks in (1, 2):
@@ -74,8 +93,11 @@ def main(folder: Path) -> None:
     found["kept before"] = checkpoint.Checkpoints(full / "checkpoints").check()[0]
     assert kill_runs.finished(kill_runs.start(full, True, 2))
     found["off after"] = off(full, folder / "whole2")
+    said = under_torchrun(folder / "restarted")
+    found["went on after"] = [int(step) for step in re.findall(r"going on after step (\d+)", said)]
+    found["off after the restart"] = off(folder / "restarted", folder / "whole2")
     print(json.dumps(found))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    (worker if "TORCHELASTIC_RUN_ID" in os.environ else main)(Path(sys.argv[1]))

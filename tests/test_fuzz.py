@@ -1,6 +1,7 @@
 """Files of any content: every reader gives what it read or one line that says what is wrong, and runs nothing.
 
-`python tests/test_fuzz.py MINUTES [READER]` goes on for so long with each, or one, and prints what it could not bear.
+`python tests/test_fuzz.py MINUTES [READER ...]` goes on for so long with each, by the processor's clock, and prints
+what it could not bear.
 """
 
 import gzip
@@ -13,18 +14,23 @@ import tarfile
 import tempfile
 import time
 import tracemalloc
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
+import scipy.io
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from torch import nn
 
 import forde_fast as ff
-from forde_fast import checkpoint, config
-from forde_fast.data import cifar, own
+from forde_fast import checkpoint, config, doctor
+from forde_fast.data import cifar, own, published
+from forde_fast.data.corrupted import open_corrupted
 from forde_fast.data.datasets import read_idx
 from forde_fast.lengthscales.base import Lengthscale
 
@@ -50,9 +56,17 @@ def npz(**arrays) -> bytes:
     return out.getvalue()
 
 
-def tar(files: dict[str, bytes]) -> bytes:
+def zipped(**files: bytes) -> bytes:
     out = io.BytesIO()
-    with tarfile.open(fileobj=out, mode="w:gz") as archive:
+    with zipfile.ZipFile(out, "w") as archive:
+        for name, content in files.items():
+            archive.writestr(f"{name}.npy", content)
+    return out.getvalue()
+
+
+def tar(files: dict[str, bytes], mode: str = "w:gz") -> bytes:
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode=mode) as archive:
         for name, content in files.items():
             member = tarfile.TarInfo(name)
             member.size = len(content)
@@ -66,12 +80,62 @@ def saved(save) -> bytes:
     return path.read_bytes()
 
 
-def pickled() -> bytes:
-    return pickle.dumps({"data": np.zeros((2, 3072), np.uint8), "labels": [0, 1], "name": b"x"}, protocol=2)
+def mat() -> bytes:
+    out = io.BytesIO()
+    scipy.io.savemat(out, {"X": np.zeros((32, 32, 3, 2), np.uint8), "y": np.array([[1], [10]], np.uint8)})
+    return out.getvalue()
 
 
+def image(form: str) -> bytes:
+    out = io.BytesIO()
+    Image.fromarray(np.arange(48, dtype=np.uint8).reshape(4, 4, 3)).save(out, form)
+    return out.getvalue()
+
+
+def cifar100(part: bytes):
+    """What an archive in which one file is `part` is read as."""
+    names = pickle.dumps({"fine_label_names": ["a", "b"]})
+    files = {"cifar-100-python/train": part, "cifar-100-python/test": PICKLE, "cifar-100-python/meta": names}
+    content = tar(files, "w:")
+    return cifar.load_cifar("cifar100", stored(content, "c.tar"), False)
+
+
+def corrupted(content: bytes, name: str) -> None:
+    """Read all of a folder of the layout of CIFAR-10-C, in which one file is `content`, or of the archive itself."""
+    place = FOLDER / "C"
+    place.mkdir(exist_ok=True)
+    for file, good in (("fog.npy", FOG), ("labels.npy", C_LABELS)):
+        (place / file).write_bytes(content if file == name else good)
+    list(open_corrupted(stored(content, "C.tar") if name == "tar" else place, (2, 2), ["a", "b"]))
+
+
+def tiny(wnids: bytes) -> None:
+    (FOLDER / "train" / "n01" / "images").mkdir(parents=True, exist_ok=True)
+    (FOLDER / "train" / "n01" / "images" / "a.JPEG").write_bytes(b"")
+    stored(b"n01\tcat\n", "words.txt")
+    published.load_tiny_imagenet(stored(wnids, "wnids.txt").parent)
+
+
+def resumed(text: bytes) -> None:
+    """Load a checkpoint with another text beside its tensors, and the right checksum in its name, into a trainer."""
+    content = safetensors.torch.save(
+        safetensors.torch.load(STATE), {"forde_fast.state": text.decode(errors="replace")}
+    )
+    kept = checkpoint.Checkpoints(FOLDER / "checkpoints")
+    kept.folder.mkdir(exist_ok=True)
+    for path in kept.folder.iterdir():
+        path.unlink()
+    stored(content, f"checkpoints/00000003-0of1-{checkpoint._checksum(content)}.safetensors")
+    step, _ = kept.check()
+    ff.Trainer(ENSEMBLE, "de").load_state_dict(kept.read(step))
+
+
+PICKLE = pickle.dumps({"data": np.zeros((2, 3072), np.uint8), "fine_labels": [0, 1], "name": b"x"}, protocol=2)
 IDX = struct.pack(">4B2I", 0, 0, 8, 2, 3, 5) + bytes(15)
-STATE = {"steps": 3, "members": [0], "ensemble": {"members.0.weight": torch.ones(2, 2)}, "velocity": torch.ones(1, 4)}
+STATE = checkpoint.pack(checkpoint.piece(ff.Trainer(ENSEMBLE, "de").state_dict(), range(2)))
+TEXT = json.loads(STATE[8 : 8 + int.from_bytes(STATE[:8], "little")])["__metadata__"]["forde_fast.state"].encode()
+FOG, C_LABELS = npy(np.zeros((10, 2, 2), np.uint8)), npy(np.tile([0, 1], 5))
+LOG = b'{"step": 1, "epoch": 0, "rows": 20, "cross_entropy": 2.5}\n{"step": 2, "cross_entropy": 2.1}\n'
 
 # name -> the reader of bytes, and a file that it takes
 READERS = {
@@ -80,10 +144,25 @@ READERS = {
     "idx.gz": (lambda b: read_idx(stored(b, "a-idx"), 2), gzip.compress(IDX, mtime=0)),
     "npy": (lambda b: cifar.load_npy(stored(b, "a.npy")).sum(), npy(np.arange(6.0))),
     "npz": (lambda b: own.load_arrays(stored(b, "a.npz"), True), npz(x=np.ones((4, 2)), y=np.array([0, 0, 1, 1]))),
-    "pickle": (lambda b: cifar.unpickle("a", b), pickled()),
+    "npy in npz": (
+        lambda b: own.load_arrays(stored(zipped(x=b, y=npy(np.array([0, 0, 1, 1]))), "a.npz"), True),
+        npy(np.ones((4, 2))),
+    ),
+    "pickle": (lambda b: cifar.unpickle("a", b), PICKLE),
+    "cifar": (cifar100, PICKLE),
     "tar": (lambda b: cifar.read_tar(stored(b, "a.tar.gz")), tar({"a/b": b"text", "a/c": bytes(700)})),
+    "tar.open": (lambda b: cifar.read_tar(stored(b, "a.tar")), tar({"a/b": b"text", "a/c": bytes(9)}, "w:")),
+    "mat": (lambda b: published.read_svhn(stored(b, "a.mat")), mat()),
+    "corrupted": (lambda b: corrupted(b, "fog.npy"), FOG),
+    "corrupted labels": (lambda b: corrupted(b, "labels.npy"), C_LABELS),
+    "corrupted.tar": (lambda b: corrupted(b, "tar"), tar({"C/fog.npy": FOG, "C/labels.npy": C_LABELS}, "w:")),
+    "png": (lambda b: own.read_image(stored(b, "a.png"), None), image("PNG")),
+    "jpeg": (lambda b: own.read_image(stored(b, "a.jpeg"), (4, 4)), image("JPEG")),
+    "wnids": (tiny, b"n01\nn02\n"),
     "csv": (lambda b: own.load_csv(stored(b, "a.csv")), b"a,b,label\n1,2,0\n2,3,0\n1,1,1\n0,1,1\n"),
-    "state": (checkpoint.unpack, checkpoint.pack(STATE)),
+    "log": (lambda b: doctor.examine(doctor.read_log(stored(b, "log.jsonl").parent)), LOG),
+    "state": (checkpoint.unpack, STATE),
+    "checkpoint": (resumed, TEXT),
     "ensemble": (
         lambda b: ff.load_ensemble(stored(b, "a.safetensors"), ENSEMBLE),
         saved(lambda path: ff.save_ensemble(path, ENSEMBLE)),
@@ -93,6 +172,7 @@ READERS = {
         saved(ff.PCA(torch.eye(3), torch.ones(3)).save),
     ),
 }  # fmt: skip
+REFUSED = ("wnids",)  # the one whole file of theirs is not enough of a set
 
 
 EXTREME = [
@@ -110,7 +190,7 @@ EXTREME = [
 
 @st.composite
 def damaged(draw, content: bytes) -> bytes:
-    """Some bytes replaced, left out or put in between; or anything at all."""
+    """Some bytes replaced (where lengths are told, by as many), left out or put in between; or anything at all."""
     if draw(st.integers(0, 9)) == 0:
         return draw(st.binary(max_size=200))
     for _ in range(draw(st.integers(1, 4))):
@@ -119,6 +199,8 @@ def damaged(draw, content: bytes) -> bytes:
         if draw(st.integers(0, 5)) == 0:
             stop = len(content)
         middle = draw(st.binary(max_size=12) | st.just(content[stop : stop + 40]) | st.sampled_from(EXTREME))
+        if draw(st.booleans()):
+            middle = middle[: stop - start].ljust(stop - start)
         content = content[:start] + middle + content[stop:]
     return content
 
@@ -134,7 +216,7 @@ def bears(read, content: bytes) -> None:
     assert set(Path.cwd().iterdir()) <= before, "a file was written"
 
 
-@pytest.mark.parametrize("name", READERS)
+@pytest.mark.parametrize("name", [name for name in READERS if name not in REFUSED])
 def test_whole_files_are_read(name):
     read, content = READERS[name]
     read(content)
@@ -165,6 +247,12 @@ FOUND = [
     ("csv", b"a,b,label\n" + b"[" * 3000 + b",2,0\n1,2,0\n"),  # quoted in full
     ("csv", b"a,b,label\n1,2,999999999\n1,2,0\n"),  # as many classes were made
     ("npz", npz(x=np.ones((2, 2)), y=np.array([0, 1 << 40]))),
+    ("csv", b"a,b,label\n1,1e39,0\n2,3,0\n1,1,1\n0,1,1\n"),  # too large for float32
+    ("npz", npz(x=np.full((4, 2), 1e39), y=np.array([0, 0, 1, 1]))),
+    ("npy in npz", b""),  # NumPy gives what is no array as bytes
+    ("wnids", b"\x00n01\nn02\n"),
+    ("log", b"[" * 3000),
+    ("log", LOG.replace(b"2.5", b'"2.5"')),
     ("state", b"\xff" * 7 + b"\x7f" + b"{}"),
     ("state", checkpoint.pack({"steps": 1}).replace(b"steps", b"\\u000a")),
 ]
@@ -204,8 +292,8 @@ def main(minutes: float, *names: str) -> int:
     """Each reader for so many minutes."""
     failed = 0
     for name in names or READERS:
-        end, tried = time.monotonic() + 60 * minutes, 0
-        while time.monotonic() < end:
+        end, tried = time.process_time() + 60 * minutes, 0
+        while time.process_time() < end:
             try:
                 fuzz(name, max_examples=200, phases=[Phase.generate, Phase.shrink])
             except BaseException as error:

@@ -174,7 +174,7 @@ NAN["x"][7, 2] = np.nan
         ),
         ("npz", {**arrays(), "labels": np.array([Evil()] * 20, object)}, "expected a whole .npz file of numbers"),
         ("table", arrays(), r"images: expected floating features \[N, F\], got uint8"),
-        ("table", NAN, "x: expected finite numbers, got nan at row 7, column 2"),
+        ("table", NAN, "x: expected finite numbers of float32, got nan at row 7, column 2"),
     ],
 )
 def test_bad_arrays_are_named(data, content, message, tmp_path):
@@ -201,7 +201,7 @@ def test_damaged_and_foreign_arrays_are_named(tmp_path):
     [
         ("", "expected a line of names"),
         ("a,label\n", "expected rows of features and a label"),
-        ("a,label\n1,0\nnan,1\n", "row 2: expected a finite 'a', got 'nan'"),
+        ("a,label\n1,0\nnan,1\n", "row 2: expected a finite 'a' of float32, got 'nan'"),
         ("a,label\n1,0\n2\n", "row 2: expected 2 values, got 1"),
         ("a,label\nx,0\n", "row 1: expected a number as 'a', got 'x'"),
         ("a,label\n1,0\n1,0\n1,2\n1,2\n", "expected samples of every class, got none of class 1"),

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from torch import nn
 import forde_fast as ff
 from forde_fast import cli
 from forde_fast.checkpoint import Checkpoints, pack, unpack
+from forde_fast.files import write
 from forde_fast.signals import Interrupted, StopSignals
 from forde_fast.watching import JSONLines
 
@@ -177,6 +179,29 @@ def test_a_full_disk_leaves_what_was_kept(tmp_path, full_disk):
     with pytest.raises(OSError, match="No space left"):
         kept.write({**one.state_dict(), "steps": 9})
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_slow_disk_does_not_hold_up_the_steps(tmp_path, monkeypatch):
+    """The write waits for steps that come after it was begun, and what it writes is the state from before them."""
+    one, kept, stepped = trainer(), Checkpoints(tmp_path), threading.Event()
+
+    def slow(path, content):
+        assert stepped.wait(60), "no step was done while the checkpoint was written"
+        write(path, content)
+
+    monkeypatch.setattr("forde_fast.checkpoint.write", slow)
+    one.step(*LOADERS["list"]()[0])
+    before = one.ensemble.flat.clone()
+    kept.begin(one.state_dict())
+    for _ in range(3):
+        one.step(*LOADERS["list"]()[1])
+    assert kept.steps() == []
+    stepped.set()
+    kept.finish()
+    again = trainer()
+    again.load_state_dict(kept.read(1))
+    assert torch.equal(again.ensemble.flat, before)
+    assert not torch.equal(one.ensemble.flat, before)
 
 
 # ---------------------------------------------------------------- runs

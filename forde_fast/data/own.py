@@ -15,6 +15,7 @@ from forde_fast.validation import expect, reason_of
 TEST_SHARE = 0.2  # held out where the data have no test part of their own
 INPUTS = ("images", "features", "x")
 LABELS = ("labels", "y")
+LARGEST = float(np.finfo(np.float32).max)  # of a feature
 MODES = {"1": "L", "L": "L", "P": "RGB", "RGB": "RGB", "RGBA": "RGB", "CMYK": "RGB", "LA": "L", "YCbCr": "RGB"}
 
 Parts = tuple[list[np.ndarray], tuple[str, ...]]  # train inputs, train labels, test inputs, test labels; classes
@@ -119,7 +120,10 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
         with np.load(path, allow_pickle=False) as stored:
             if isinstance(stored, np.ndarray):
                 raise ValueError("one array")
-            return {name: stored[name] for name in stored.files}
+            arrays = {name: stored[name] for name in stored.files}
+            if not all(isinstance(array, np.ndarray) for array in arrays.values()):  # NumPy gives others as bytes
+                raise ValueError("a member that is no array")
+            return arrays
     except Exception as error:  # a damaged archive raises whatever its headers stumble over
         reason = reason_of(error)
         raise ValueError(f"{path}: expected a whole .npz file of numbers, got another ({reason})") from None
@@ -134,10 +138,11 @@ def _pixels(x: np.ndarray, name: str) -> np.ndarray:
 def _features(x: np.ndarray, name: str) -> np.ndarray:
     good = x.dtype.kind == "f" and x.ndim == 2 and x.size > 0
     expect(good, name, "floating features [N, F]", f"{x.dtype} {list(x.shape)}")
-    bad = ~np.isfinite(x)
+    bad = ~(np.abs(x) <= LARGEST)
     if bad.any():
         row, column = np.argwhere(bad)[0]
-        raise ValueError(f"{name}: expected finite numbers, got {x[row, column]} at row {row}, column {column}")
+        got = f"{x[row, column]} at row {row}, column {column}"
+        raise ValueError(f"{name}: expected finite numbers of float32, got {got}")
     return x.astype(np.float32)
 
 
@@ -159,21 +164,23 @@ def load_csv(path: Path) -> Parts:
             ) from None
     expect(len(rows) > 0 and len(head) >= 2, str(path), "rows of features and a label", f"{len(rows)} rows")
     at = head.index("label") if "label" in head else len(head) - 1
-    features = np.empty((len(rows), len(head) - 1))
+    features = np.empty((len(rows), len(head) - 1), np.float32)
     for i, row in enumerate(rows):
         expect(len(row) == len(head), f"{path}, row {i + 1}", f"{len(head)} values", len(row))
         for j, (column, text) in enumerate((c, v) for k, (c, v) in enumerate(zip(head, row, strict=True)) if k != at):
             try:
-                features[i, j] = float(text)
+                value = float(text)
             except ValueError:
                 got = f"expected a number as {column!r:.42}, got {text!r:.42}"
                 raise ValueError(f"{path}, row {i + 1}: {got}") from None
-            expect(np.isfinite(features[i, j]), f"{path}, row {i + 1}", f"a finite {column!r:.42}", f"{text!r:.42}")
+            finite = abs(value) <= LARGEST
+            expect(finite, f"{path}, row {i + 1}", f"a finite {column!r:.42} of float32", f"{text!r:.42}")
+            features[i, j] = value
     texts = [row[at].strip() for row in rows]
     numeric = all(text.isdecimal() and len(text) < 10 for text in texts)
     classes = _numbered(max(map(int, texts)), len(rows), str(path)) if numeric else tuple(sorted(set(texts)))
     labels = np.array([int(text) if numeric else classes.index(text) for text in texts], np.int64)
-    return _parts(features.astype(np.float32), labels, None, None, classes)
+    return _parts(features, labels, None, None, classes)
 
 
 def _numbered(largest: int, samples: int, name: str) -> tuple[str, ...]:

@@ -26,8 +26,7 @@ def load_tiny_imagenet(folder: Path) -> Parts:
     if (folder / "tiny-imagenet-200").is_dir():
         folder = folder / "tiny-imagenet-200"
     wnids = _lines(folder / "wnids.txt")
-    plain = all(Path(wnid).name == wnid for wnid in wnids)  # a name with folders in it would lead elsewhere
-    good = plain and len(set(wnids)) == len(wnids) >= 2
+    good = all(map(_plain, wnids)) and len(set(wnids)) == len(wnids) >= 2
     expect(good, str(folder / "wnids.txt"), "2 wnids or more, each once", f"{len(wnids)} lines of another kind")
     words = dict(line.split("\t", 1) for line in _lines(folder / "words.txt") if "\t" in line)
     label_of = {wnid: label for label, wnid in enumerate(wnids)}
@@ -41,11 +40,16 @@ def load_tiny_imagenet(folder: Path) -> Parts:
     notes = folder / "val" / "val_annotations.txt"
     for number, line in enumerate(_lines(notes), 1):
         name, wnid = (*line.split("\t"), "")[:2]
-        known = wnid in label_of and Path(name).name == name
+        known = wnid in label_of and _plain(name)
         expect(known, f"{notes}, line {number}", "a file name and a wnid of wnids.txt", repr(line[:60]))
         test.append((folder / "val" / "images" / name, label_of[wnid]))
     arrays = [array for files in (train, test) for array in _read(files)]
     return arrays, tuple(f"{wnid} {words.get(wnid, '').split(',')[0]}".strip() for wnid in wnids)
+
+
+def _plain(name: str) -> bool:
+    """Whether it is the name of a file alone: with folders in it it would lead elsewhere."""
+    return Path(name).name == name and name.isprintable()
 
 
 def _lines(path: Path) -> list[str]:

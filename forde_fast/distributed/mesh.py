@@ -76,15 +76,23 @@ class Mesh(Alone):
             made = (make_model() for _ in range(self.total_members))
             return Ensemble.from_modules([module for i, module in enumerate(made) if i in own], shared)
 
-    def prepare(self, ensemble: Ensemble, strategy: str) -> None:
-        """Check that the ensemble is this rank's, and synchronise its BatchNorm layers where that is asked for.
-
-        Raises ValueError for another number of members, for a BatchNorm that cannot be synchronised, and for a
-        strategy by which ranks would come to compute differently.
-        """
-        validation.one_of(strategy, "strategy", ("loop", "stacked", "streams"))
+    def check(self, ensemble: Ensemble, strategy: str) -> None:
+        """Raises ValueError for other members than this rank's, for a strategy by which ranks would come to compute
+        differently, and for one under which BatchNorm cannot be synchronised."""
+        expect(strategy != "auto", "strategy", "loop, stacked or streams, the same on all ranks", strategy)
         own = self.own.stop - self.own.start
         expect(len(ensemble) == own, "ensemble", f"this rank's {own} of {self.total_members} members", len(ensemble))
+        reduces = self.parts > 1 and self.synchronise and strategy == "stacked"
+        normalised = [one for one in ensemble.modules() if isinstance(one, nn.modules.batchnorm._BatchNorm)]
+        able = "loop or streams where BatchNorm is synchronised over parts of a batch (or --no-sync-batchnorm)"
+        expect(not (reduces and normalised), "strategy", able, strategy)
+
+    def prepare(self, ensemble: Ensemble, strategy: str) -> None:
+        """`check`, and synchronise the ensemble's BatchNorm layers where that is asked for.
+
+        Raises ValueError besides for a BatchNorm that cannot be synchronised.
+        """
+        self.check(ensemble, strategy)
         for part in ensemble.shared_parts:  # as member 0 has them
             row = ensemble.flat[0, part].clone()
             dist.broadcast(row, group=self.member_group, group_src=0)
@@ -94,10 +102,8 @@ class Mesh(Alone):
         report = accelerate(ensemble)
         for name, module in ensemble.named_modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                why = report.left.get(name, "")
-                fits = isinstance(module, BatchNorm) and strategy != "stacked"
-                got = why or "none when stacked, by PyTorch's layers"
-                expect(fits, "synchronise", "batch normalisations that can be, or False", f"{name}: {got}")
+                fits, got = isinstance(module, BatchNorm), f"{name}: {report.left.get(name, '')}"
+                expect(fits, "synchronise", "batch normalisations that can be, or False", got)
                 module.reduce = self.over_parts
 
     def over_parts(self, sums: Tensor) -> Tensor:
