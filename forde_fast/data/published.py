@@ -49,7 +49,7 @@ def load_tiny_imagenet(folder: Path) -> Parts:
 
 def _plain(name: str) -> bool:
     """Whether it is the name of a file alone: with folders in it it would lead elsewhere."""
-    return Path(name).name == name and name.isprintable()
+    return Path(name).name == name and name.isprintable() and len(name.encode()) < 256
 
 
 def _lines(path: Path) -> list[str]:
