@@ -4,12 +4,16 @@ import json
 import os
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import mesh_cases
 import pytest
+import torch.distributed as dist
 
 from forde_fast.distributed.parts import best_parts, cut
+from forde_fast.distributed.store import fresh
 
 
 def printed(name: str, *arguments):
@@ -74,6 +78,27 @@ def test_shares_cover_all_and_differ_by_one():
 def test_the_busiest_rank_is_left_the_least(members, ranks, samples, parts):
     """Of 10 members on 8 ranks: 8 rows leave a rank 2 members, 2 rows and 4 parts 5 / 4 of one."""
     assert best_parts(members, ranks, samples) == parts
+
+
+def test_ranks_that_start_again_meet_where_nobody_wrote():
+    """At a store that outlives them: each start finds a part of its own, in whatever order its ranks come."""
+    kept, places = dist.HashStore(), []
+
+    def rank(number: int, delay: float) -> None:
+        time.sleep(delay)
+        place = fresh(kept, number, 3)
+        found.append(place.add("met", 1))
+
+    for start in range(4):
+        found = []
+        delays = [0.03 * ((number + start) % 3) for number in range(3)]
+        ranks = [threading.Thread(target=rank, args=pair) for pair in enumerate(delays)]
+        for one in ranks:
+            one.start()
+        for one in ranks:
+            one.join(20)
+        places.append(sorted(found))
+    assert places == [[1, 2, 3]] * 4  # all three, and none before them
 
 
 # ---------------------------------------------------------------- runs

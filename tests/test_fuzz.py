@@ -251,6 +251,9 @@ FOUND = [
     ("wnids", b"\x00n01\nn02\n"),
     ("log", b"[" * 3000),
     ("log", LOG.replace(b"2.5", b'"2.5"')),
+    ("checkpoint", TEXT.replace(b"velocity", b"velocities", 1)),
+    ("checkpoint", TEXT.replace(b"optimizer", b"optimizers", 1)),
+    ("checkpoint", TEXT.replace(b'"steps": 0', b'"steps": "0"')),
     ("state", b"\xff" * 7 + b"\x7f" + b"{}"),
     ("state", checkpoint.pack({"steps": 1}).replace(b"steps", b"\\u000a")),
 ]

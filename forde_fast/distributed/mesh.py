@@ -18,6 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from forde_fast import validation
 from forde_fast.distributed.meeting import meet
 from forde_fast.distributed.parts import best_parts, cut
+from forde_fast.distributed.store import join
 from forde_fast.ensemble import Ensemble
 from forde_fast.second_order import accelerate
 from forde_fast.second_order.layers import BatchNorm
@@ -46,7 +47,7 @@ class Mesh(Alone):
         validation.whole(members, "members")
         kind = torch.device(device).type
         if not dist.is_initialized():
-            dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
+            join("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
         ranks = dist.get_world_size()
         parts = best_parts(members, ranks) if data_parts is None else data_parts
         validation.whole(parts, "data_parts")
