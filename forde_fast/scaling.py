@@ -185,6 +185,16 @@ H100 = Machine(peak=200e12, link=300e9, wide=40e9, latency=30e-6)
 ETHERNET = Machine(peak=200e12, link=300e9, wide=1.2e9, latency=60e-6)
 
 
+COUNTS = (8, 16, 32, 64, 128, 256, 512, 1024)
+TABLES = {
+    "CIFAR, M = 10, B = 128, K = D = 3072": (CIFAR, H100, (1, 2, 4, 8, 16, 32, 64)),
+    "ImageNet, M = 16, B = 4096, rank 256": (IMAGENET, H100, COUNTS),
+    "the same, K = D = 150528": (replace(IMAGENET, sent=150_528), H100, COUNTS),
+    "the same, over 10 Gbit/s Ethernet, rank 256": (IMAGENET, ETHERNET, COUNTS),
+    "over Ethernet, K = D": (replace(IMAGENET, sent=150_528), ETHERNET, COUNTS),
+}
+
+
 def as_text(rows: list[dict]) -> str:
     """The rows of `table` in Markdown, in milliseconds."""
     times = ("compute", "uneven", "exchange", "gradients", "norms", "small", "step")
@@ -197,13 +207,5 @@ def as_text(rows: list[dict]) -> str:
 
 
 if __name__ == "__main__":
-    counts = (8, 16, 32, 64, 128, 256, 512, 1024)
-    full = replace(IMAGENET, sent=150_528)
-    for title, given in (
-        ("CIFAR, M = 10, B = 128, K = D = 3072", (CIFAR, H100, (1, 2, 4, 8, 16, 32, 64))),
-        ("ImageNet, M = 16, B = 4096, rank 256", (IMAGENET, H100, counts)),
-        ("the same, K = D = 150528", (full, H100, counts)),
-        ("the same, over 10 Gbit/s Ethernet, rank 256", (IMAGENET, ETHERNET, counts)),
-        ("over Ethernet, K = D", (full, ETHERNET, counts)),
-    ):
+    for title, given in TABLES.items():
         print(f"\n{title}\n\n{as_text(table(*given))}")

@@ -12,6 +12,7 @@ import mesh_cases
 import pytest
 import torch.distributed as dist
 
+from forde_fast import scaling
 from forde_fast.distributed.parts import best_parts, cut
 from forde_fast.distributed.store import fresh
 
@@ -60,6 +61,21 @@ def test_a_step_sends_the_bytes_that_the_model_says(found, name, ranks, parts):
     assert (sent["exchange"] > 0) == (name != "de")
     assert (sent["gradients"] > 0) == (sent["norms"] > 0) == (parts > 1)
     assert sent["off"] == 0
+
+
+def test_a_step_on_a_timeline_by_hand():
+    """Two of four members: each 8 s, 9 s on the link, 16 s when its cotangents are back, 9 s after the other's."""
+    step = scaling.Step(4, 4, 100, 10, forward=1.0)
+    found = scaling.simulate(step, scaling.Machine(peak=1.0, link=10.0, wide=1.0, latency=1.0), 2, 1)
+    waits = {"exchange": 26 - 16 + 9, "gradients": 0, "norms": 0, "small": 2 + (32 + 56) / 10}
+    wanted = {"compute": 48, "uneven": 0, **waits, "step": 48 + sum(waits.values())}
+    assert found == pytest.approx(wanted)
+
+
+def test_the_page_has_the_models_tables():
+    page = Path(__file__).parents[1].joinpath("docs", "scaling.md").read_text(encoding="utf-8")
+    for title, given in scaling.TABLES.items():
+        assert f"{title}:\n\n{scaling.as_text(scaling.table(*given))}\n" in page, title
 
 
 def test_shares_cover_all_and_differ_by_one():
