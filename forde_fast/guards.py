@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import resource
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -116,11 +117,12 @@ def is_memory(error: BaseException) -> bool:
     return full or (isinstance(error, RuntimeError) and "allocate memory" in str(error))
 
 
-def what_fits(graph, members: int, batch: int, device: torch.device, free: int | None = None) -> str:
+def what_fits(graph, tried: int, batch: int, device: torch.device, free: int | None = None) -> str:
     """A line on how many members at a time, or what batch, would fit.
 
-    graph  (samples) -> computes one member's graph on so many, which is then let go
-    free   bytes; None: what the device has
+    graph         (samples) -> computes one member's graph on so many, which is then let go
+    tried, batch  members at a time and samples that did not fit
+    free          bytes; None: what the device has
     """
     free = available(device) if free is None else free
     few = max(2, min(8, batch // 4))
@@ -129,10 +131,10 @@ def what_fits(graph, members: int, batch: int, device: torch.device, free: int |
     fixed = max(one - each * few, 0.0)
     need = MARGIN * (fixed + each * batch)
     said = f"a member's graph takes {need / 2**20:,.0f} MiB at batch size {batch}, {free / 2**20:,.0f} MiB are free"
-    at_a_time = int(free // need)
+    at_a_time = min(int(free // need), tried - 1)
     if at_a_time >= 1:
-        return f"{said}: members_at_a_time = {min(at_a_time, members)} fits"
-    samples = int((free / MARGIN - fixed) // each)
+        return f"{said}: members_at_a_time = {at_a_time} fits"
+    samples = min(int((free / MARGIN - fixed) // each), batch // 2)
     return f"{said}: " + (
         f"batch_size = {samples} with members_at_a_time = 1 fits" if samples >= 2 else "nothing fits"
     )
@@ -154,10 +156,15 @@ def held(graph, samples: int) -> int:
 
 
 def available(device: torch.device) -> int:
-    """Bytes that are free."""
+    """Bytes that are free, and that this process may take."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(device)[0]
     heap.trim()
     lines = Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else []
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), 0)
+    free = next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), 0)
+    most, _ = resource.getrlimit(resource.RLIMIT_AS)  # ulimit -v
+    if lines and most != resource.RLIM_INFINITY:
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        free = max(0, min(free, most - pages * resource.getpagesize()))
+    return free

@@ -287,7 +287,8 @@ class Run:
             (graphs.plain if space is None else graphs.forward)()
             return graphs
 
-        return guards.what_fits(graph, trainer.members, loader.batch_size, self.device)
+        tried = min(self.config.members_at_a_time or len(self.ensemble), len(self.ensemble))
+        return guards.what_fits(graph, tried, loader.batch_size, self.device)
 
     def evaluate(self) -> dict:
         """The metrics, as `scoring.score_run` has them."""

@@ -98,8 +98,9 @@ def test_what_fits_follows_the_graphs_of_a_member():
     whole = guards.MARGIN * guards.held(graph, 64)
     device = torch.device("cpu")
     assert guards.what_fits(graph, 10, 64, device, int(3.5 * whole)).endswith("members_at_a_time = 3 fits")
-    assert guards.what_fits(graph, 10, 64, device, int(99 * whole)).endswith("members_at_a_time = 10 fits")
+    assert guards.what_fits(graph, 10, 64, device, int(99 * whole)).endswith("members_at_a_time = 9 fits")
     assert "batch_size = 3" in guards.what_fits(graph, 10, 64, device, int(0.6 * whole))
+    assert "batch_size = 32 with" in guards.what_fits(graph, 1, 64, device, int(99 * whole))  # 64 was tried
     assert guards.what_fits(graph, 10, 64, device, 10).endswith("nothing fits")
 
 
@@ -150,5 +151,5 @@ def test_out_of_memory_says_what_would_fit(monkeypatch, capsys, tmp_path):
     status, said = stopped_at(monkeypatch, capsys, tmp_path / "run", 5, act)
     assert status == 1
     assert "error: out of memory: a member's graph takes" in said
-    assert "members_at_a_time = 2 fits; forde-fast train --resume" in said
+    assert "members_at_a_time = 1 fits; forde-fast train --resume" in said
     assert json.loads((tmp_path / "run" / "epochs.jsonl").read_text().splitlines()[-1])["step"] == 4
