@@ -49,7 +49,8 @@ def extensions():
                     raise
                 print(f"forde_fast: {what} built: {error}", file=sys.stderr)
 
-    sources = sorted(map(str, Path("csrc").glob("*.cpp"))) + sorted(map(str, Path("csrc/cpu").glob("*.cpp")))
+    sources = sorted(map(str, Path("csrc/cpu").glob("*.cpp")))
+    sources.sort(key=lambda path: "repulsion_" not in path)  # what takes longest to compile is not left for the end
     flags = {"cxx": [*CXX_FLAGS, "-fopenmp"]}
     modules = [CppExtension("forde_fast._C", sources, extra_compile_args=flags, optional=True), *cuda_extension()]
     return {"ext_modules": modules, "cmdclass": {"build_ext": OptionalBuild}}
