@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from forde_fast import guards, validation
-from forde_fast.ensemble import Ensemble, evaluation_mode
+from forde_fast.ensemble import Ensemble
+from forde_fast.modes import evaluation_mode
 from forde_fast.spaces import InputGradients
 from forde_fast.step import Objective
 from forde_fast.validation import expect, reason_of

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from forde_fast import second_order
-from forde_fast.ensemble import Ensemble, evaluation_mode
+from forde_fast.ensemble import Ensemble
 from forde_fast.methods import Method
+from forde_fast.modes import evaluation_mode
 from forde_fast.step import Objective, gradient
 from forde_fast.strategies import Graphs, Strategy, alike, random_state, set_random_state, small
 

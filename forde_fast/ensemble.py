@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from forde_fast.evaluation import decompose
+from forde_fast.modes import evaluation_mode
 from forde_fast.types import Prediction
 from forde_fast.validation import expect, whole
 
@@ -173,18 +173,6 @@ class Ensemble(nn.Module):
         [B] in nats, as `evaluation.uncertainty` has them."""
         members = self.predict_members(x, batch_size)
         return Prediction(members.mean(0), members, **decompose(members))
-
-
-@contextlib.contextmanager
-def evaluation_mode(module: nn.Module) -> Iterable[None]:
-    """Every submodule in evaluation mode, and afterwards each in the mode it was in."""
-    training = [m for m in module.modules() if m.training]
-    module.eval()
-    try:
-        yield
-    finally:
-        for m in training:
-            m.training = True
 
 
 def _wide(outputs: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from forde_fast.ensemble import evaluation_mode
+from forde_fast.modes import evaluation_mode
 
 # multiply-adds of a pass over a batch, a few milliseconds of one core: with less, every one of a step's hundreds of
 # operations is shorter than a thread that is busy elsewhere keeps the others waiting (measured: two threads of a busy

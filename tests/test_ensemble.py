@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import forde_fast as ff
-from forde_fast.ensemble import evaluation_mode
+from forde_fast.modes import evaluation_mode
 
 F32, F64 = torch.float32, torch.float64
 

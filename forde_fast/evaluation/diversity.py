@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from forde_fast.evaluation.checks import Array, as_numbers, as_probs
+from forde_fast.modes import evaluation_mode
 from forde_fast.validation import expect
 
 
@@ -31,7 +32,6 @@ def input_gradients(ensemble, x: Tensor, y: Tensor, score: str = "logit", batch_
     x [B, ...], y [B] on the ensemble's device; score "logit" (of the true class) or "log_probability" or a
     callable, as `spaces.InputGradients` has it. The result lies on the same device.
     """
-    from forde_fast.ensemble import evaluation_mode
     from forde_fast.spaces import InputGradients
 
     expect(len(x) == len(y) > 0, "y", f"one label per sample, {len(x)}", len(y))

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from forde_fast.ensemble import Ensemble, evaluation_mode
+from forde_fast.ensemble import Ensemble
 from forde_fast.experiments import figures
 from forde_fast.experiments.lab import Lab, shown
 from forde_fast.experiments.summary import markdown_table
 from forde_fast.methods import METHODS, WHOLE, Method, per_sample
+from forde_fast.modes import evaluation_mode
 from forde_fast.spaces import InputGradients, Outputs, Weights
 from forde_fast.trainer import Trainer
 
