@@ -25,7 +25,7 @@ lint: .venv/installed-tests
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo '1 of 3: torch, and what builds the C++ extension'
 	$(INSTALL) "setuptools>=77" wheel ninja torch numpy
-	@echo '2 of 3: the C++ extension, and the other packages: about a minute and a half on two cores'
+	@echo '2 of 3: the C++ extension, and the other packages: a minute or two'
 	$(INSTALL) --no-build-isolation -e .
 	@echo '3 of 3: installed'
 	@touch $@

@@ -1,0 +1,24 @@
+"""What a long piece of work shows of itself."""
+
+import pytest
+
+from forde_fast import watching
+
+
+@pytest.mark.parametrize(("seconds", "lines"), [(-1, [1, 2, 3, 4, 5]), (1e9, [5])])
+def test_lines_for_a_file_of_output(seconds, lines, monkeypatch, capsys):
+    monkeypatch.setattr(watching, "PRINT_EVERY", seconds)
+    assert list(watching.watched("abcde", "sets", 5)) == list("abcde")
+    assert capsys.readouterr().err.splitlines() == [f"sets: {line} of 5" for line in lines]
+
+
+def test_a_bar_on_a_terminal(monkeypatch, capsys):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "80")
+    with watching.Bar("training", 4, done=2) as bar:
+        bar.advance("loss 0.5")
+        bar.advance()
+    shown = capsys.readouterr().err
+    assert "training" in shown
+    assert "loss 0.5" in shown
+    assert "of 4" not in shown
