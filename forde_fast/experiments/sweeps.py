@@ -46,24 +46,33 @@ def _table(first: str, rows: dict[str, list[dict[str, float]]]) -> str:
 
 def lengthscale(lab: Lab) -> str:
     """FoRDE-Tuned over alpha in both forms of the blend, and over repulsion_weight at alpha 0, 0.4 and 1."""
-    scale, rows, lines = PCA.fit(lab.x), {}, {}
+    scale, weight = PCA.fit(lab.x), lab.setting.repulsion_weight
+    found: dict[tuple, list[dict[str, float]]] = {}
+
+    def scored(alpha: float, form: str, weight: float) -> list[dict[str, float]]:
+        form = form if 0 < alpha < 1 else "arithmetic"  # at its ends a blend has one form
+        key = alpha, form, weight
+        if key not in found:
+            own, title = Method(InputGradients(), lengthscale=scale.blend(alpha, form)), f"alpha {alpha:g}, {form}"
+            runs = (lab.train(own, seed, weight, title=f"{title}, w {weight:g}") for seed in lab.seeds)
+            found[key] = [scores(lab, trained) for trained in runs]
+        return found[key]
+
+    rows, lines = {}, {}
     for form in ("arithmetic", "harmonic"):
         for alpha in ALPHAS:
-            title = f"alpha {alpha:g}, {form}"
-            own = Method(InputGradients(), lengthscale=scale.blend(alpha, form))
-            rows[title] = [scores(lab, lab.train(own, seed, title=title)) for seed in lab.seeds]
+            runs = rows[f"alpha {alpha:g}, {form}"] = scored(alpha, form, weight)
             for column in COLUMNS:
                 line = lines.setdefault(column, {}).setdefault(form, ([], []))
                 line[0].append(alpha)
-                line[1].append(statistics.fmean(run[column] for run in rows[title]))
+                line[1].append(statistics.fmean(run[column] for run in runs))
     figures.curves(lines, lab.out / "alpha.png", "alpha")
-    weights, strengths = {}, [lab.setting.repulsion_weight * factor for factor in STRENGTHS]
-    for alpha in (0.0, 0.4, 1.0):
-        own = Method(InputGradients(), lengthscale=scale.blend(alpha))
-        for weight in strengths:
-            title = f"alpha {alpha:g}, w {weight:g}"
-            weights[title] = [scores(lab, lab.train(own, seed, weight, title=title)) for seed in lab.seeds]
-    return f"{_table('lengthscale', rows)}\n\n![alpha](alpha.png)\n\n{_table('strength', weights)}"
+    strengths = {
+        f"alpha {alpha:g}, w {factor * weight:g}": scored(alpha, "arithmetic", factor * weight)
+        for alpha in (0.0, 0.4, 1.0)
+        for factor in STRENGTHS
+    }
+    return f"{_table('lengthscale', rows)}\n\n![alpha](alpha.png)\n\n{_table('strength', strengths)}"
 
 
 def size(lab: Lab) -> str:
