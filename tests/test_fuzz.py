@@ -249,6 +249,7 @@ FOUND = [
     ("npz", npz(x=np.full((4, 2), 1e39), y=np.array([0, 0, 1, 1]))),
     ("npy in npz", b""),  # NumPy gives what is no array as bytes
     ("wnids", b"\x00n01\nn02\n"),
+    ("lengthscale", READERS["lengthscale"][1].replace(b"eigenvectors", b"eige\x7fvectors")),
     ("log", b"[" * 3000),
     ("log", LOG.replace(b"2.5", b'"2.5"')),
     ("checkpoint", TEXT.replace(b"velocity", b"velocities", 1)),

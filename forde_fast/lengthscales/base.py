@@ -35,7 +35,10 @@ class Lengthscale:
             ) from None
         wanted = {k.__name__: k for k in Lengthscale.__subclasses__() if issubclass(k, cls)}
         expect(kind in wanted, "path", f"a file holding {' or '.join(wanted)}", f"{path}: {kind}")
-        return wanted[kind](**tensors)
+        try:
+            return wanted[kind](**tensors)
+        except TypeError as error:  # other names or types
+            raise ValueError(f"path: expected what a {kind} keeps, got {path} ({reason_of(error)})") from None
 
     def _tensors(self) -> dict[str, Tensor]:
         """The arguments of the constructor."""
