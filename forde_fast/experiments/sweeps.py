@@ -86,7 +86,7 @@ def size(lab: Lab) -> str:
                 line = lines.setdefault(column, {}).setdefault(name, ([], []))
                 line[0].append(members)
                 line[1].append(statistics.fmean(run[column] for run in rows[title]))
-    figures.curves(lines, lab.out / "size.png", "members")
+    figures.curves(lines, lab.out / "size.png", "members", SIZES)
     return f"{_table('ensemble', rows)}\n\n![size](size.png)"
 
 
