@@ -25,7 +25,7 @@ struct Kernels {
   // out[n-1] = e_n - sum_m e_m / (N - sqrt N), e_n = s_n - s_0: orthonormal (Householder) contrasts, from differences
   void (*contrasts)(const Sample&, int64_t begin, int64_t end, void* const* out);
   // d[i,j] += sum_k (q_i - q_j)(s_i - s_j), [moving, repelling], only j > i where the particles repel each other;
-  // growth[n] += sum_k (q_n - q_0)(s_n + s_0), that is s_n^T C s_n - s_0^T C s_0
+  // growth[n] += sum_k (q_n - q_0)(s_n + s_0), that is s_n^T C s_n - s_0^T C s_0, or null
   void (*pairs)(const Sample&, int64_t begin, int64_t end, double* d, double* growth);
   // out[i][k] = (mixed_i[k] + sum_j c[i,j] (q_i - q_j)[k] - t[i] s_i[k]) / norm_i, mixed [moving] -> [D] of the
   // computing type, c [moving, repelling], either null for none; past_caches: the results are too many to stay there

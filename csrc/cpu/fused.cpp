@@ -59,10 +59,11 @@ void in_two_passes(const Rows& rows, const Tensor& more, bool normalize, double 
     std::vector<double> sums(pairs + rows.moving);
     for (int64_t g = first; g < first + count; ++g) {
       Rows::Pointers pointers;
-      norm[g] = norms.of(g);
+      Lengths lengths = norms.of(g);
       std::fill(sums.begin(), sums.end(), 0.0);
-      rows.kernels.pairs(rows.sample(g, norm[g].data(), pointers), 0, rows.columns, sums.data(), &sums[pairs]);
-      store_pairs(rows, g, sums.data(), norm[g], distances, alignment.mutable_data_ptr<T>());
+      add_pairs(rows, rows.sample(g, lengths.norm.data(), pointers), 0, rows.columns, sums.data());
+      store_pairs(rows, g, sums.data(), lengths, distances, alignment.mutable_data_ptr<T>());
+      norm[g] = std::move(lengths.norm);
       for (int64_t p = 0; more.defined() && p < pairs; ++p) distances[p * rows.groups + g] += more.const_data_ptr<T>()[p * rows.groups + g];
     }
     rule.kernels(first, count);
@@ -95,15 +96,15 @@ Whole by_factor(const Rows& rows, const Tensor& factor, double tail, bool normal
   in_lanes(rows.groups, lanes, false, [&](int64_t first, int64_t count) {
     for (int64_t g = first; g < first + count; ++g) {
       Rows::Pointers pointers;
-      norm[g] = norms.of(g);
+      const Lengths lengths = norms.of(g);
+      norm[g] = lengths.norm;
       if (!all_finite(norm[g])) finite = false;
       const Sample sample = rows.sample(g, norm[g].data(), pointers);
       rows.kernels.contrasts(sample, 0, rows.columns, Rows::rows_of(z, g).data());
       if (!tail) continue;
       std::vector<double> sums(pairs + rows.moving);
-      rows.kernels.pairs(sample, 0, rows.columns, sums.data(), &sums[pairs]);
-      for (double& sum : sums) sum *= tail;
-      store_pairs(rows, g, sums.data(), norm[g], raw.mutable_data_ptr<T>(), alignment.mutable_data_ptr<T>());
+      add_pairs(rows, sample, 0, rows.columns, sums.data());
+      store_pairs(rows, g, sums.data(), lengths, raw.mutable_data_ptr<T>(), alignment.mutable_data_ptr<T>(), tail);
     }
   });
   const Tensor x = coordinates(rows.particles, std::nullopt, at::mm(z.view({-1, rows.columns}), factor).view({rows.moving - 1, rows.groups, -1}));

@@ -1,118 +1,111 @@
-// What gradients are made of, a row at a time: mixed_i + sum_j c[i,j] (q_i - q_j).
+// What gradients are made of: mixed_i + sum_j c[i,j] (q_i - q_j). From differences, though a product of matrices would be
+// half the operations: where rows are close it would lose what sets them apart.
 
-template <class T, class In, bool kMixed, int64_t kVectors>
+template <class T, class In>
 struct Mixture {
   using V = Vector<T>;
-  static constexpr int64_t W = kWidth<T>, kUnroll = 4;  // vectors that share a coefficient
+  static constexpr int64_t W = kWidth<T>, kMost = 3;  // rows that share a load of q_j
+  template <int64_t kSize>  // so many vectors of each of kSize rows: enough sums to hide the latency of the multiply-add
+  static constexpr int64_t kMany = kSize == 1 ? kStep : (kSize == 2 ? 4 : 2) * (kBytes == 64 ? 2 : 1);
 
   const void* const* mixed;
   const int64_t first, repelling;  // the first row j, and how many there are: none without coefficients
-  Tiles<T, In, kVectors> tiles;
+  Tiles<T, In> tiles;
+  V* results;  // [kMost, kVectors]
   T* weights;  // [moving, repelling]
 
   Mixture(const Sample& sample, const void* const* mixed, const double* c)
       : mixed(mixed), first(sample.moving == sample.rows ? 0 : sample.moving), repelling(c ? sample.rows - first : 0),
-        tiles(sample, sample.moving * repelling / W + 1), weights(reinterpret_cast<T*>(tiles.spare())) {
+        tiles(sample, kMost * kVectors + sample.moving * repelling / W + 1), results(tiles.spare()),
+        weights(reinterpret_cast<T*>(results + kMost * kVectors)) {
     std::copy(c, c + sample.moving * repelling, weights);
   }
 
-  // f(k, sum) for kUnroll vectors of row i at a time, k columns after the tile's first. Each sum is added up in two
-  // parts, which hides the latency of the multiply-add; padding is 0.
-  template <class F>
-  void each(int64_t i, int64_t count, const F& f) const {
+  // The sums of kMany vectors of each of the rows i .. i + kSize; padding is 0.
+  template <int64_t kSize>
+  void sum(int64_t i, int64_t v, int64_t count, V (&sums)[kSize][kMany<kSize>]) const {
+    for (int64_t a = 0; a < kSize; ++a)
+      for (int64_t u = 0; u < kMany<kSize>; ++u) sums[a][u] = mixed ? mixed_at(i + a, v + u, count) : V{};
+    const V *q_i = tiles.q_row(i) + v, *q_j = tiles.q_row(first) + v;
     const T* c = weights + i * repelling;
-    const T* start = kMixed ? static_cast<const T*>(mixed[i]) + tiles.begin : nullptr;
-    for (int64_t v = 0; v < tiles.used; v += kUnroll) {
-      V even[kUnroll], odd[kUnroll] = {}, own[kUnroll];
-      const V *q_i = tiles.q_row(i) + v, *q_j = tiles.q_row(first) + v;
-      const bool whole = (v + kUnroll) * W <= count;
-      for (int64_t u = 0; u < kUnroll; ++u) {
-        own[u] = q_i[u];
-        if constexpr (!kMixed)
-          even[u] = V{};
-        else if (whole)
-          even[u] = get<T>(start + (v + u) * W);
-        else
-          even[u] = get_some<T>(start + (v + u) * W, std::clamp<int64_t>(count - (v + u) * W, 0, W));
-      }
-      int64_t j = 0;
-      for (; j + 2 <= repelling; j += 2, q_j += 2 * kVectors)
-        for (int64_t u = 0; u < kUnroll; ++u) {
-          even[u] += c[j] * (own[u] - q_j[u]);
-          odd[u] += c[j + 1] * (own[u] - q_j[kVectors + u]);
-        }
-      if (j < repelling)
-        for (int64_t u = 0; u < kUnroll; ++u) even[u] += c[j] * (own[u] - q_j[u]);
-      for (int64_t u = 0; u < kUnroll; ++u) even[u] += odd[u];
-      f(v, even);
-    }
+    for (int64_t j = 0; j < repelling; ++j, q_j += kVectors)
+#pragma GCC unroll 16
+      for (int64_t a = 0; a < kSize; ++a)
+#pragma GCC unroll 16
+        for (int64_t u = 0; u < kMany<kSize>; ++u) sums[a][u] += c[a * repelling + j] * (q_i[a * kVectors + u] - q_j[u]);
+  }
+
+  V mixed_at(int64_t i, int64_t v, int64_t count) const {
+    const T* from = static_cast<const T*>(mixed[i]) + tiles.begin + v * W;
+    const int64_t left = count - v * W;
+    return left >= W ? get<T>(from) : get_some<T>(from, std::max<int64_t>(left, 0));
   }
 };
 
-// out = (sum - along s_i) reciprocal of row i over a tile; the last vectors may be in part.
-template <bool kPast, class T, class In, bool kMixed, int64_t kVectors>
-void combine_row(const Mixture<T, In, kMixed, kVectors>& mixture, int64_t i, int64_t count, T along, T reciprocal, In* out) {
-  using M = Mixture<T, In, kMixed, kVectors>;
-  constexpr int64_t W = kWidth<T>;
+// (sum - t s_i) / norm_i of the rows i .. i + kSize over a tile, in the memory that is spare.
+template <int64_t kSize, class T, class In>
+void finish(const Mixture<T, In>& mixture, int64_t i, int64_t count, const double* t, Vector<T>* to) {
+  constexpr int64_t kMany = Mixture<T, In>::template kMany<kSize>;
   const Vector<T>* s = mixture.tiles.s_row(i);
-  mixture.each(i, count, [&](int64_t v, const Vector<T>(&sum)[M::kUnroll]) {
-    if ((v + M::kUnroll) * W <= count)
-      for (int64_t u = 0; u < M::kUnroll; ++u) put<kPast, T>((sum[u] - along * s[v + u]) * reciprocal, out + (v + u) * W);
-    else
-      for (int64_t u = 0; u < M::kUnroll; ++u)
-        put_some<T>((sum[u] - along * s[v + u]) * reciprocal, out + (v + u) * W, std::clamp<int64_t>(count - (v + u) * W, 0, W));
-  });
+  T along[kSize], reciprocal[kSize];
+  for (int64_t a = 0; a < kSize; ++a) along[a] = T(t[i + a]), reciprocal[a] = T(1 / mixture.tiles.sample.norm[i + a]);
+  for (int64_t v = 0; v < mixture.tiles.used; v += kMany) {
+    Vector<T> sums[kSize][kMany];
+    mixture.sum(i, v, count, sums);
+#pragma GCC unroll 16
+    for (int64_t a = 0; a < kSize; ++a)
+#pragma GCC unroll 16
+      for (int64_t u = 0; u < kMany; ++u)
+        to[a * kVectors + v + u] = (sums[a][u] - along[a] * s[a * kVectors + v + u]) * reciprocal[a];
+  }
 }
 
-template <class T, class In, bool kMixed, int64_t kVectors>
+// A row of a tile after the other: stores past the caches to several at a time are many times slower.
+template <bool kPast, class T, class In>
+void store(const Vector<T>* row, int64_t count, In* to) {
+  constexpr int64_t W = kWidth<T>;
+  int64_t v = 0;
+  for (; (v + 1) * W <= count; ++v) put<kPast, T>(row[v], to + v * W);
+  if (v * W < count) put_some<T>(row[v], to + v * W, count - v * W);
+}
+
+template <class T, class In>
 void combine(const Sample& sample, int64_t begin, int64_t end, const void* const* mixed, const double* c, const double* t,
              void* const* out, bool past_caches) {
-  Mixture<T, In, kMixed, kVectors> mixture(sample, mixed, c);
+  Mixture<T, In> mixture(sample, mixed, c);
   for (int64_t at = begin; at < end; at += mixture.tiles.columns()) {
     const int64_t count = std::min(mixture.tiles.columns(), end - at);
     mixture.tiles.load(at, count);
-    for (int64_t i = 0; i < sample.moving; ++i) {
-      mixture.tiles.prefetch(i, i + 1);
-      In* to = static_cast<In*>(out[i]) + at;
-      const T along = T(t[i]), reciprocal = T(1 / sample.norm[i]);
-      past_caches && reinterpret_cast<uintptr_t>(to) % kBytes == 0
-          ? combine_row<true>(mixture, i, count, along, reciprocal, to)
-          : combine_row<false>(mixture, i, count, along, reciprocal, to);
-    }
+    in_blocks<Mixture<T, In>::kMost>(0, sample.moving, [&](auto size, int64_t i) {
+      finish<size, T, In>(mixture, i, count, t, mixture.results);
+      for (int64_t a = 0; a < size; ++a) {
+        In* to = static_cast<In*>(out[i + a]) + at;
+        past_caches && reinterpret_cast<uintptr_t>(to) % kBytes == 0 ? store<true, T>(mixture.results + a * kVectors, count, to)
+                                                                     : store<false, T>(mixture.results + a * kVectors, count, to);
+      }
+    });
   }
   if (past_caches) finish_stores();
 }
 
 template <class T, class In>
-void combine(const Sample& sample, int64_t begin, int64_t end, const void* const* mixed, const double* c, const double* t,
-             void* const* out, bool past_caches) {
-  const auto by = [&](auto is_mixed, auto vectors) {
-    combine<T, In, decltype(is_mixed)::value, decltype(vectors)::value>(sample, begin, end, mixed, c, t, out, past_caches);
-  };
-  using Wide = std::integral_constant<int64_t, kMostVectors>;
-  using Slim = std::integral_constant<int64_t, kStep>;
-  if (sample.rows <= kFewRows)
-    mixed ? by(std::true_type(), Wide()) : by(std::false_type(), Wide());
-  else
-    mixed ? by(std::true_type(), Slim()) : by(std::false_type(), Slim());
-}
-
-template <class T, class In>
 void along(const Sample& sample, int64_t begin, int64_t end, const void* const* mixed, const double* c, double* t) {
-  using M = Mixture<T, In, true, kMostVectors>;
-  M mixture(sample, mixed, c);
-  for (int64_t at = begin; at < end; at += mixture.tiles.columns()) {
-    const int64_t count = std::min(mixture.tiles.columns(), end - at);
+  Mixture<T, In> mixture(sample, mixed, c);
+  const Tiles<T, In>& tiles = mixture.tiles;
+  for (int64_t at = begin; at < end; at += tiles.columns()) {
+    const int64_t count = std::min(tiles.columns(), end - at);
     mixture.tiles.load(at, count);
-    for (int64_t i = 0; i < sample.moving; ++i) {
-      Vector<T> total[M::kUnroll] = {};
-      const Vector<T>* s = mixture.tiles.s_row(i);
-      mixture.each(i, count, [&](int64_t v, const Vector<T>(&sum)[M::kUnroll]) {
-        for (int64_t u = 0; u < M::kUnroll; ++u) total[u] += sum[u] * s[v + u];
-      });
-      for (int64_t u = 1; u < M::kUnroll; ++u) total[0] += total[u];
-      t[i] += forde_fast::sum<T>(total[0]);
-    }
+    in_blocks<Mixture<T, In>::kMost>(0, sample.moving, [&](auto size, int64_t i) {
+      constexpr int64_t kMany = Mixture<T, In>::template kMany<size>;
+      Vector<T> totals[size] = {};
+      for (int64_t v = 0; v < tiles.used; v += kMany) {
+        Vector<T> sums[size][kMany];
+        mixture.sum(i, v, count, sums);
+        for (int64_t a = 0; a < size; ++a)
+          for (int64_t u = 0; u < kMany; ++u) totals[a] += sums[a][u] * tiles.s_row(i + a)[v + u];
+      }
+      for (int64_t a = 0; a < size; ++a) t[i + a] += sum<T>(totals[a]);
+    });
   }
 }
 

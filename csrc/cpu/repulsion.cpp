@@ -18,7 +18,7 @@ Tensor contrasts(const Tensor& particles, const OptionalTensor& others, bool nor
   const Norms norms(rows, splits, normalize, eps);
   rows.each(splits, [&](int64_t g, int64_t, int64_t begin, int64_t end) {
     Rows::Pointers pointers;
-    const auto norm = norms.of(g);
+    const auto norm = norms.of(g).norm;
     rows.kernels.contrasts(rows.sample(g, norm.data(), pointers), begin, end, Rows::rows_of(z, g).data());
   });
   return z;
@@ -34,8 +34,8 @@ std::tuple<Tensor, Tensor, Tensor> pair_distances(const Tensor& particles, const
   const Norms norms(rows, splits, normalize, eps);
   std::vector<double> partial(splits == 1 ? 0 : rows.groups * splits * sums);
   AT_DISPATCH_FLOATING_TYPES(rows.type, "pair_distances", [&] {
-    const auto store = [&](int64_t g, const double* sum, const std::vector<double>& own) {
-      for (int64_t n = 0; n < rows.rows; ++n) norm.mutable_data_ptr<scalar_t>()[n * rows.groups + g] = scalar_t(own[n]);
+    const auto store = [&](int64_t g, const double* sum, const Lengths& own) {
+      for (int64_t n = 0; n < rows.rows; ++n) norm.mutable_data_ptr<scalar_t>()[n * rows.groups + g] = scalar_t(own.norm[n]);
       store_pairs(rows, g, sum, own, distances.mutable_data_ptr<scalar_t>(), alignment.mutable_data_ptr<scalar_t>());
     };
     rows.each(splits, [&](int64_t g, int64_t split, int64_t begin, int64_t end) {
@@ -43,7 +43,7 @@ std::tuple<Tensor, Tensor, Tensor> pair_distances(const Tensor& particles, const
       const auto own = norms.of(g);
       std::vector<double> whole(splits == 1 ? sums : 0);
       double* sum = splits == 1 ? whole.data() : &partial[(g * splits + split) * sums];
-      rows.kernels.pairs(rows.sample(g, own.data(), pointers), begin, end, sum, sum + pairs);
+      add_pairs(rows, rows.sample(g, own.norm.data(), pointers), begin, end, sum);
       if (splits == 1) store(g, sum, own);
     });
     for (int64_t g = 0; splits > 1 && g < rows.groups; ++g) {
@@ -124,7 +124,7 @@ Tensor project(const Tensor& particles, const Tensor& mixed, const OptionalTenso
   std::vector<double> partial(rows.groups * splits * rows.moving);
   const auto work = [&](int64_t g, int64_t begin, int64_t end, double* measure, const double* t) {
     Rows::Pointers pointers;
-    const auto norm = norms.of(g), c_g = of_sample(c, g);
+    const auto norm = norms.of(g).norm, c_g = of_sample(c, g);
     const auto in = Rows::rows_of(dense, g);
     const double* weights = coefficients ? c_g.data() : nullptr;
     const Sample sample = rows.sample(g, norm.data(), pointers);

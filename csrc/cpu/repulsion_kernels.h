@@ -26,18 +26,15 @@ void contrasts(const Sample& sample, int64_t begin, int64_t end, void* const* ou
   const T weight = T(1 / (sample.rows - std::sqrt(double(sample.rows))));
   for (int64_t at = begin; at < end; at += tiles.columns()) {
     const int64_t count = std::min(tiles.columns(), end - at);
-    tiles.load(at, count);
-    V shared[kMostVectors] = {};
-    const V* first = tiles.s_row(0);
-    for (int64_t n = 1; n < sample.rows; ++n) {
-      V* row = tiles.s_row(n);
-      for (int64_t v = 0; v < tiles.used; ++v) shared[v] += (row[v] -= first[v]);
-    }
+    tiles.load_differences(at, count);
+    V shared[kVectors] = {};
+    for (int64_t n = 1; n < sample.rows; ++n)
+      for (int64_t v = 0; v < tiles.used; ++v) shared[v] += tiles.s_row(n)[v];
     for (int64_t v = 0; v < tiles.used; ++v) shared[v] *= weight;
     for (int64_t n = 1; n < sample.rows; ++n) {
       const V* row = tiles.s_row(n);
       T* z = static_cast<T*>(out[n - 1]) + at;
-      tiles.prefetch(n - 1, n);
+      tiles.prefetch(n, 0, kVectors);
       int64_t v = 0;
       for (; (v + 1) * kWidth<T> <= count; ++v) put<false, T>(row[v] - shared[v], z + v * kWidth<T>);
       if (v * kWidth<T> < count) put_some<T>(row[v] - shared[v], z + v * kWidth<T>, count - v * kWidth<T>);
@@ -51,7 +48,7 @@ template <class T, class In, bool kProduct, int64_t kI, int64_t kJ>
 inline void pair_block(const Tiles<T, In>& tiles, int64_t i, int64_t j, Vector<T>* totals, int64_t stride) {
   using V = Vector<T>;
   constexpr int64_t kUnroll = kI * kJ == 1 ? 8 : kI * kJ == 2 ? 4 : kI * kJ <= 4 ? 2 : 1;
-  const int64_t pitch = kMostVectors;
+  const int64_t pitch = kVectors;
   const V *s_i = tiles.s_row(i), *s_j = tiles.s_row(j), *q_i = tiles.q_row(i), *q_j = tiles.q_row(j);
   V sums[kUnroll][kI][kJ] = {};
   for (int64_t v = 0; v < tiles.used; v += kUnroll)
@@ -85,7 +82,7 @@ inline void pair_tile(const Tiles<T, In>& tiles, bool among, Vector<T>* totals) 
   const int64_t moving = tiles.sample.moving, rows = tiles.sample.rows, first = among ? 0 : moving, repelling = rows - first;
   in_blocks<kI>(0, moving, [&](auto size_i, int64_t i) {
     constexpr int64_t kSize = decltype(size_i)::value;
-    tiles.prefetch(i, i + kSize);
+    for (int64_t a = 0; a < kSize; ++a) tiles.prefetch(i + a, 0, kVectors);
     auto* own = totals + i * repelling - first;
     for (int64_t a = 0; among && a + 1 < kSize; ++a)
       in_blocks<kI>(i + a + 1, i + kSize, [&](auto size_j, int64_t j) {
@@ -97,18 +94,17 @@ inline void pair_tile(const Tiles<T, In>& tiles, bool among, Vector<T>* totals) 
   });
 }
 
-// totals[a] += (q_{n+a} - q_0) (s_{n+a} + s_0) over one tile: the growth of s^T C s from row 0. It is 0 without a product
-// but for rounding, and that is wanted: the projection then removes what the rounding of the norms put along the rows.
+// totals[a] += (q_{n+a} - q_0) (s_{n+a} + s_0) over one tile: the growth of s^T C s from row 0.
 template <class T, class In, int64_t kRows>
 inline void growth_block(const Tiles<T, In>& tiles, int64_t n, Vector<T>* totals) {
   using V = Vector<T>;
-  constexpr int64_t kUnroll = 8 / kRows;
+  constexpr int64_t kUnroll = kRows == 1 ? 8 : kRows == 2 ? 4 : 2;
   const V *s_n = tiles.s_row(n), *q_n = tiles.q_row(n), *s_0 = tiles.s_row(0), *q_0 = tiles.q_row(0);
   V sums[kUnroll][kRows] = {};
   for (int64_t v = 0; v < tiles.used; v += kUnroll)
     for (int64_t u = 0; u < kUnroll; ++u)
       for (int64_t a = 0; a < kRows; ++a) {
-        const int64_t at = a * kMostVectors + v + u;
+        const int64_t at = a * kVectors + v + u;
         sums[u][a] += (q_n[at] - q_0[v + u]) * (s_n[at] + s_0[v + u]);
       }
   for (int64_t u = 0; u < kUnroll; ++u)
@@ -121,17 +117,19 @@ void pairs(const Sample& sample, int64_t begin, int64_t end, double* d, double* 
   const bool among = sample.moving == sample.rows;  // the particles repel each other: each pair once
   const int64_t first = among ? 0 : sample.moving, repelling = sample.rows - first, count = sample.moving * repelling;
   Tiles<T, In> tiles(sample, count + sample.rows);
-  V* sums = tiles.spare();  // [moving, repelling], then [rows]
+  V* sums = tiles.spare();                     // [moving, repelling], then [rows]
+  const int64_t growing = growth ? sample.rows : 0;
   for (int64_t run = begin; run < end; run += kRun) {
     std::fill(sums, sums + count + sample.rows, V{});
     for (int64_t at = run; at < std::min(run + kRun, end); at += tiles.columns()) {
       tiles.load(at, std::min(tiles.columns(), end - at));
-      for (int64_t n = 1; n + 4 <= sample.rows; n += 4) growth_block<T, In, 4>(tiles, n, sums + count + n);
-      for (int64_t n = sample.rows - (sample.rows - 1) % 4; n < sample.rows; ++n) growth_block<T, In, 1>(tiles, n, sums + count + n);
+      in_blocks<4>(1, growing, [&](auto size, int64_t n) {
+        growth_block<T, In, decltype(size)::value>(tiles, n, sums + count + n);
+      });
       sample.product ? pair_tile<T, In, true>(tiles, among, sums) : pair_tile<T, In, false>(tiles, among, sums);
     }
     for (int64_t i = 0; i < sample.moving; ++i)
       for (int64_t j = among ? i + 1 : 0; j < repelling; ++j) d[i * repelling + j] += sum<T>(sums[i * repelling + j]);
-    for (int64_t n = 0; n < sample.rows; ++n) growth[n] += sum<T>(sums[count + n]);
+    for (int64_t n = 0; n < growing; ++n) growth[n] += sum<T>(sums[count + n]);
   }
 }

@@ -120,19 +120,29 @@ struct Rows {
   }
 };
 
-// Rounded to the type that `norm` is handed on in: `combine` must divide by the very same numbers, or what it projects
-// out is not what is there.
-inline void to_norm(std::vector<double>& squares, double eps, at::ScalarType type) {
-  for (double& x : squares) x = type == at::kDouble ? std::sqrt(x + eps) : double(float(std::sqrt(x + eps)));
-}
+// sqrt(|p|^2 + eps), and |s|^2 of the rows divided by it; or 1, and 0 for nothing that is needed. Norms are rounded to the
+// type in which they are handed on: `combine` must divide by the very same numbers, or what it projects out is not what
+// is there.
+struct Lengths {
+  std::vector<double> norm, square;
 
-// Norms of the rows of a sample: where columns are split, of all samples beforehand; where they are not, each item
+  explicit Lengths(int64_t rows) : norm(rows, 1.0), square(rows) {}
+  Lengths(std::vector<double> squares, double eps, at::ScalarType type) : norm(squares.size()), square(std::move(squares)) {
+    for (size_t n = 0; n < norm.size(); ++n) {
+      const double exact = std::sqrt(square[n] + eps);
+      norm[n] = type == at::kDouble ? exact : double(float(exact));
+      square[n] /= norm[n] * norm[n];
+    }
+  }
+};
+
+// Lengths of the rows of a sample: where columns are split, of all samples beforehand; where they are not, each item
 // finds its own just before it works on the same rows.
 struct Norms {
   const Rows& rows;
   const bool normalize;
   const double eps;
-  std::vector<std::vector<double>> known;  // [G][N]
+  std::vector<Lengths> known;  // [G]
 
   Norms(const Rows& rows, int64_t splits, bool normalize, double eps) : rows(rows), normalize(normalize), eps(eps) {
     if (splits == 1 || !normalize) return;
@@ -141,22 +151,21 @@ struct Norms {
       Rows::Pointers pointers;
       rows.kernels.squares(rows.sample(g, nullptr, pointers), begin, end, &partial[(g * splits + split) * rows.rows]);
     });
-    known.assign(rows.groups, std::vector<double>(rows.rows));
     for (int64_t g = 0; g < rows.groups; ++g) {
+      std::vector<double> squares(rows.rows);
       for (int64_t split = 0; split < splits; ++split)
-        for (int64_t n = 0; n < rows.rows; ++n) known[g][n] += partial[(g * splits + split) * rows.rows + n];
-      to_norm(known[g], eps, rows.type);
+        for (int64_t n = 0; n < rows.rows; ++n) squares[n] += partial[(g * splits + split) * rows.rows + n];
+      known.emplace_back(std::move(squares), eps, rows.type);
     }
   }
 
-  std::vector<double> of(int64_t g) const {
+  Lengths of(int64_t g) const {
     if (!known.empty()) return known[g];
-    if (!normalize) return std::vector<double>(rows.rows, 1.0);
-    std::vector<double> own(rows.rows);
+    if (!normalize) return Lengths(rows.rows);
+    std::vector<double> squares(rows.rows);
     Rows::Pointers pointers;
-    rows.kernels.squares(rows.sample(g, nullptr, pointers), 0, rows.columns, own.data());
-    to_norm(own, eps, rows.type);
-    return own;
+    rows.kernels.squares(rows.sample(g, nullptr, pointers), 0, rows.columns, squares.data());
+    return {std::move(squares), eps, rows.type};
   }
 };
 
@@ -164,19 +173,24 @@ inline bool all_finite(const std::vector<double>& norm) {
   return std::all_of(norm.begin(), norm.end(), [](double x) { return std::isfinite(x); });
 }
 
-// The sums of sample g, of the pairs and then of the growth, ->  distances and alignment [Mi, Mj, G]. With C symmetric,
+// Sums of the pairs of a sample, and behind them of the growth, which is known beforehand where C is the identity.
+inline void add_pairs(const Rows& rows, const Sample& sample, int64_t begin, int64_t end, double* sums) {
+  rows.kernels.pairs(sample, begin, end, sums, sample.product ? sums + rows.moving * rows.repelling() : nullptr);
+}
+
+// `weight` times the sums of sample g by add_pairs ->  distances and alignment [Mi, Mj, G]. With C symmetric,
 // (q_i - q_j) s_i = (d_ij + s_i^T C s_i - s_j^T C s_j) / 2: one sum for each row rather than for each pair.
 template <class T>
-void store_pairs(const Rows& rows, int64_t g, const double* d, const std::vector<double>& norm, T* distances, T* alignment) {
+void store_pairs(const Rows& rows, int64_t g, const double* d, const Lengths& lengths, T* distances, T* alignment, double weight = 1) {
   const int64_t first = rows.others.defined() ? rows.moving : 0, repelling = rows.repelling();
-  const double* growth = d + rows.moving * repelling;
-  const bool finite = all_finite(norm);
+  const double* growth = rows.product.defined() ? d + rows.moving * repelling : lengths.square.data();
+  const bool finite = all_finite(lengths.norm);
   for (int64_t i = 0; i < rows.moving; ++i)
     for (int64_t j = 0; j < repelling; ++j) {
       const double distance = d[first == 0 && j < i ? j * repelling + i : i * repelling + j];
       const int64_t to = (i * repelling + j) * rows.groups + g;
-      distances[to] = T(!finite ? NAN : distance < 0 ? 0 : distance);  // NaN stays NaN
-      alignment[to] = T((distance + growth[i] - growth[first + j]) / 2);
+      distances[to] = T(!finite ? NAN : distance < 0 ? 0 : weight * distance);  // NaN stays NaN
+      alignment[to] = T(weight * (distance + growth[i] - growth[first + j]) / 2);
     }
 }
 

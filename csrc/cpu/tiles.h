@@ -2,11 +2,10 @@
 // Padding columns are zero and add nothing to any sum.
 
 constexpr int64_t kStep = 8;  // vectors of a tile's row are a multiple of it, so that loops may be unrolled
-constexpr int64_t kMostVectors = 4 * kStep;
-constexpr int64_t kFewRows = 24;  // so many rows of kMostVectors stay in the first level of cache
+constexpr int64_t kVectors = 4 * kStep;  // of a whole row
 constexpr int64_t kRun = 4096;       // columns whose sums stay in vectors of the computing type
 
-template <class T, class In, int64_t kVectors = kMostVectors>
+template <class T, class In>
 struct Tiles {
   using V = Vector<T>;
   static constexpr int64_t W = kWidth<T>;
@@ -31,23 +30,36 @@ struct Tiles {
   void load(int64_t from, int64_t count) {
     begin = from;
     used = (count + kStep * W - 1) / (kStep * W) * kStep;
-    for (int64_t n = 0; n < sample.rows; ++n)
-      copy(static_cast<const In*>(sample.values[n]) + from, count, s_row(n), norm[n]);
+    for (int64_t n = 0; n < sample.rows; ++n) load_row(n, count);
     if (sample.product) load_q(count);
   }
 
+  // s_0, and s_n - s_0 in the places of the others.
+  void load_differences(int64_t from, int64_t count) {
+    begin = from;
+    used = (count + kStep * W - 1) / (kStep * W) * kStep;
+    load_row(0, count);
+    for (int64_t n = 1; n < sample.rows; ++n) load_row(n, count, [first = s_row(0)](V s, int64_t v) { return s - first[v]; });
+  }
+
   struct AsItIs {
-    V operator()(V p) const { return p; }
+    V operator()(V p, int64_t) const { return p; }
   };
+
+  template <class F = AsItIs>
+  void load_row(int64_t n, int64_t count, F f = {}) const {
+    const auto* from = static_cast<const In*>(sample.values[n]) + begin;
+    copy(from, count, s_row(n), [f, by = norm[n]](V p, int64_t v) { return f(by(p), v); });
+  }
 
   // Brings a row into the tile through f, zeros behind it.
   template <class From, class F = AsItIs>
-  void copy(const From* from, int64_t count, V* to, const F& f = {}) const {
+  void copy(const From* from, int64_t count, V* to, F f = {}) const {
     int64_t v = 0;
     for (; (v + 4) * W <= count; v += 4)
-      for (int64_t u = 0; u < 4; ++u) to[v + u] = f(get<T>(from + (v + u) * W));
-    for (; (v + 1) * W <= count; ++v) to[v] = f(get<T>(from + v * W));
-    if (v * W < count) to[v] = f(get_some<T>(from + v * W, count - v * W)), ++v;
+      for (int64_t u = 0; u < 4; ++u) to[v + u] = f(get<T>(from + (v + u) * W), v + u);
+    for (; (v + 1) * W <= count; ++v) to[v] = f(get<T>(from + v * W), v);
+    if (v * W < count) to[v] = f(get_some<T>(from + v * W, count - v * W), v), ++v;
     for (; v < used; ++v) to[v] = V{};
   }
 
@@ -63,17 +75,16 @@ struct Tiles {
     for (int64_t v = 0; v < used; ++v) first[v] *= scale;
   }
 
-  // Asks for some rows of the next tile while this one is worked on: a few rows at a time, between the work, as requests
-  // wait for one another.
-  void prefetch(int64_t from, int64_t to) const {
-    for (int64_t n = from; n < std::min(to, sample.rows); ++n) {
-      ask_for(static_cast<const In*>(sample.values[n]) + begin + columns());
-      if (sample.product && n > 0) ask_for(static_cast<const T*>(sample.product[n - 1]) + begin + columns());
-    }
+  // Asks for some vectors of row n of the next tile while this one is worked on: a few at a time, between the work, as
+  // requests wait for one another.
+  void prefetch(int64_t n, int64_t v, int64_t many) const {
+    const int64_t from = begin + columns() + v * W;
+    ask_for(static_cast<const In*>(sample.values[n]) + from, many * W);
+    if (sample.product && n > 0) ask_for(static_cast<const T*>(sample.product[n - 1]) + from, many * W);
   }
 
   template <class X>
-  void ask_for(const X* values) const {
-    for (int64_t k = 0; k < columns(); k += 64 / sizeof(X)) __builtin_prefetch(values + k, 0, 2);
+  static void ask_for(const X* values, int64_t count) {
+    for (int64_t k = 0; k < count; k += 64 / sizeof(X)) __builtin_prefetch(values + k, 0, 2);
   }
 };
