@@ -37,8 +37,10 @@ def large_given_back() -> Iterator[None]:
         return
     for option, value in ((MMAP_MAX, 1 << 16), (MMAP_THRESHOLD, 1 << 25)):
         _glibc().mallopt(option, value)
-    yield
-    _glibc().mallopt(MMAP_MAX, 0)
+    try:
+        yield
+    finally:
+        _glibc().mallopt(MMAP_MAX, 0)
 
 
 def trim() -> None:
