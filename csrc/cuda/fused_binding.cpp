@@ -1,12 +1,11 @@
 // The operation `fused` of forde_fast/operators.py on CUDA tensors: checks, memory, the launch. A module of its own, so
 // that a failure to build it leaves the C++ backend.
-#include <Python.h>
-
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
+#include <pybind11/pybind11.h>
 #include <torch/library.h>
 
 #include <optional>
@@ -79,8 +78,4 @@ TORCH_LIBRARY_IMPL(forde_fast, CUDA, m) { m.impl("fused", fused); }
 
 }  // namespace forde_fast
 
-static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_cuda",
-                             "The CUDA C++ implementation of forde_fast's operation; importing it registers it",
-                             -1, nullptr, nullptr, nullptr, nullptr, nullptr};
-
-PyMODINIT_FUNC PyInit__cuda() { return PyModule_Create(&module); }
+PYBIND11_MODULE(_cuda, m) { m.doc() = "The CUDA C++ implementation of forde_fast's operation; importing it registers it"; }
