@@ -69,3 +69,10 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def threads_come_back():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)

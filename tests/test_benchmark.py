@@ -67,7 +67,7 @@ def test_what_is_wrong_gets_no_time(capsys, monkeypatch):
     monkeypatch.setattr(providers, "available_backends", lambda: {"cpp": True})
     monkeypatch.setattr(providers, "unusable", lambda name, case: "")
     if FAST != "cpp":
-        pytest.skip("the C++ backend is not built")
+        pytest.skip("waits for the cpp backend")
     status, printed = bench_command(
         capsys, "--shapes", "3x4x64", "--lengthscales", "pca", "--providers", "cpp,reference"
     )

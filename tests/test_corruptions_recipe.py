@@ -21,7 +21,7 @@ from scipy.special import ndtri
 from forde_fast.data.corruptions import _BY_NAME, CIFAR_SEVERITIES, weather
 
 CHECKOUT = os.environ.get("FORDE_FAST_ROBUSTNESS")
-pytestmark = pytest.mark.skipif(not CHECKOUT, reason="FORDE_FAST_ROBUSTNESS names no checkout of the recipe")
+pytestmark = pytest.mark.skipif(not CHECKOUT, reason="needs a checkout of the recipe, named by FORDE_FAST_ROBUSTNESS")
 SEVERITIES = (1, 2, 3, 4, 5)
 FIXED = (
     "defocus_blur", "zoom_blur", "brightness", "contrast", "pixelate", "jpeg_compression", "gaussian_blur",

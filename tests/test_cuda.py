@@ -69,7 +69,7 @@ class Host:
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
     if shutil.which("g++") is None:
-        pytest.skip("no g++")
+        pytest.skip("needs g++")
     path = tmp_path_factory.mktemp("fused") / "fused.so"
     flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC"]
     subprocess.run(["g++", *flags, "-o", path, SOURCE], check=True)
@@ -85,7 +85,7 @@ def library(tmp_path_factory):
 def host(library, monkeypatch):
     """backend="cuda" runs on the host."""
     if not ff.available_backends()["cpp"]:
-        pytest.skip("the contrasts here are those of the cpp backend")
+        pytest.skip("waits for the cpp backend, whose contrasts these are")
     host = Host(library)
     monkeypatch.setattr(operation, "_choose", lambda backend, *_: ("cuda", host))
     monkeypatch.setitem(operation.operators.UNUSABLE, "triton", "")

@@ -12,7 +12,7 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 NVCC = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
-pytestmark = pytest.mark.skipif(not Path(NVCC).exists(), reason="no nvcc")
+pytestmark = pytest.mark.skipif(not Path(NVCC).exists(), reason="needs nvcc")
 
 
 def setup_list(name):

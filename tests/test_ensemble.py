@@ -7,43 +7,13 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from ensemble_cases import are_views, make, net, parameters_of
 from torch import nn
 
 import forde_fast as ff
 from forde_fast.modes import evaluation_mode
 
 F32, F64 = torch.float32, torch.float64
-
-
-def net(width=5):
-    return nn.Sequential(nn.Linear(6, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Dropout(0.5), nn.Linear(width, 3))
-
-
-def make(members=3, seed=0, model=net):
-    return ff.Ensemble(model, members, seed)
-
-
-def parameters_of(member):
-    return torch.cat([p.detach().flatten() for p in member.parameters() if p.requires_grad])
-
-
-def are_views(ensemble):
-    """Each member's parameters are its row of `flat`: in value, and when either side is changed."""
-    rows = torch.stack([parameters_of(member) for member in ensemble.members])
-    if not torch.equal(rows, ensemble.flat):
-        return False
-    kept = ensemble.flat.clone()
-    with torch.no_grad():
-        ensemble.flat.mul_(2).add_(1)
-        forth = torch.stack([parameters_of(member) for member in ensemble.members])
-        for number, member in enumerate(ensemble.members):
-            for p in member.parameters():
-                if p.requires_grad:
-                    p.fill_(number)
-        back = torch.arange(len(ensemble)).to(kept)[:, None].expand_as(kept)
-        holds = torch.equal(forth, kept * 2 + 1) and torch.equal(ensemble.flat, back)
-        ensemble.flat.copy_(kept)
-    return holds
 
 
 def test_parameters_are_views_of_flat():
@@ -324,7 +294,7 @@ def test_evaluation_mode_is_restored_for_each_submodule():
     assert {name: m.training for name, m in ensemble.named_modules()} == modes
 
 
-# ---------------------------------------------------------------- heads that differ, what is taken away
+# ---------------------------------------------------------------- heads that differ
 
 
 def with_head(head):
@@ -400,53 +370,3 @@ def test_half_precision_predicts_within_its_rounding(dtype):
     assert found.mean.dtype == found.epistemic.dtype == F32
     assert torch.allclose(found.members, wanted.members, atol=8 * torch.finfo(dtype).eps)
     assert torch.allclose(found.members.sum(-1), torch.ones(()))
-
-
-def test_an_exported_ensemble_is_the_same_module(tmp_path):
-    ensemble = make(3)
-    ff.Trainer(ensemble).step(torch.randn(4, 6), torch.arange(4) % 3)
-    ensemble.eval()
-    samples = torch.export.Dim("samples", min=1, max=1024)
-    program = torch.export.export(ensemble, (torch.randn(4, 6),), dynamic_shapes=({0: samples},))
-    torch.export.save(program, tmp_path / "ensemble.pt2")
-    again, x = torch.export.load(tmp_path / "ensemble.pt2").module(), torch.randn(9, 6)
-    assert torch.allclose(again(x), ensemble(x))
-
-
-def test_saved_files_are_read_by_plain_pytorch(tmp_path):
-    from safetensors.torch import load_file
-
-    ensemble, x = make(3), torch.randn(9, 6)
-    ff.Trainer(ensemble).step(x, torch.arange(9) % 3)
-    ff.save_ensemble(tmp_path / "all.safetensors", ensemble)
-    ff.save_member(tmp_path / "one.safetensors", ensemble, 2)
-    plain = net()
-    plain.load_state_dict(load_file(tmp_path / "one.safetensors"))
-    assert torch.allclose(plain.eval()(x), ensemble.eval().member(2)(x), atol=1e-6)  # trained in other layers
-    plain = nn.Module()
-    plain.members = nn.ModuleList(net() for _ in range(3))
-    plain.load_state_dict(load_file(tmp_path / "all.safetensors"))
-    again = make(3)
-    ff.load_ensemble(tmp_path / "all.safetensors", again)
-    for module in (again, plain):
-        assert torch.allclose(torch.stack([m(x) for m in module.eval().members]), ensemble(x), atol=1e-6)
-    assert are_views(again)
-    with pytest.raises(IndexError, match=r"^index: expected a member from 0 to 2, got 3$"):
-        ff.save_member(tmp_path / "x", ensemble, 3)
-
-
-def test_pretrained_members_keep_what_they_learnt(tmp_path):
-    from safetensors.torch import load_file
-
-    ff.save_member(tmp_path / "one.safetensors", make(2), 1)
-
-    def pretrained():
-        module = net()
-        module.load_state_dict(load_file(tmp_path / "one.safetensors"))
-        module[-1].reset_parameters()  # a new head, from the ensemble's seed
-        return module
-
-    ensemble = ff.Ensemble(pretrained, 3, seed=5)
-    first = [module[0].weight for module in ensemble.members]
-    assert all(torch.equal(weight, load_file(tmp_path / "one.safetensors")["0.weight"]) for weight in first)
-    assert not torch.equal(ensemble.member(0)[-1].weight, ensemble.member(1)[-1].weight)

@@ -305,7 +305,7 @@ def test_others_that_are_the_particles():
     assert not d_2.diagonal().any()
 
 
-@pytest.mark.skipif(DEVICE == "cpu", reason="4 GB of particles")
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU: 4 GB of particles")
 def test_more_than_two_to_the_31_numbers():
     particles = torch.randn(4, 1, 2**29 + 24, dtype=torch.bfloat16, device=DEVICE)
     d, _, _ = repulsion.pair_distances(particles, None, None, False, EPS)

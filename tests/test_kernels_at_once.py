@@ -57,7 +57,7 @@ def test_low_rank_in_float32(tail, columns, monkeypatch):
         assert case != "duplicate" or bool((d[-1, -2] == 0).all())
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="its roundings are a GPU's, emulated on the CPU")
+@pytest.mark.skipif(DEVICE == "cuda", reason="needs the interpreter, which emulates a GPU's roundings")
 @pytest.mark.parametrize("kind", ["pca", "low rank"])
 def test_float16_costs_no_more_than_tf32(kind, monkeypatch):
     """At every spread, against tf32 of the same contrasts: their roundings are emulated on the CPU."""

@@ -10,12 +10,9 @@ SMALL = {"mlp": 6, "cnn": 2, "resnet18": 2, "preactresnet18": 2}
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
+def one_thread(threads_come_back):
     """These networks are too small to share: on a busy machine their threads would only wait."""
-    threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def small(name, in_shape=(2, 6, 6)):

@@ -171,7 +171,7 @@ def test_any_problem_is_right(problem):
 
 @settings(max_examples=settings.default.max_examples // 20)  # a second a call
 @given(problems(most=4, sizes=(1, 7, 40)))
-@pytest.mark.skipif("triton" not in ON_CPU, reason="on CPU by Triton's interpreter alone")
+@pytest.mark.skipif("triton" not in ON_CPU, reason="needs TRITON_INTERPRET=1")
 def test_any_small_problem_is_right_in_triton(problem):
     check("triton", *problem)
 

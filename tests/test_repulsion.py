@@ -67,7 +67,7 @@ def test_published_code_in_float32(path, fast):
     golden, pca = load(path)
     particles, eps = golden["input_gradients"].float(), float(golden["eps"])
     if interpreted(fast) and len(particles) == 10:
-        pytest.skip("ten seconds in the interpreter: in float64 it does them")
+        pytest.skip("waits for a GPU: ten seconds in the interpreter, which does them in float64")
     result = ff.repulsion(particles, pca, eps=eps, backend=fast, precision="ieee")
     plain = reference.repulsion(particles, pca, eps=eps)
     for what, exact in (("value", golden["value"]), ("gradient", golden["grad"])):

@@ -18,7 +18,7 @@ from forde_fast.second_order import norm_relu
 from forde_fast.second_order.functions import INPUT, OUTPUT, WEIGHT, Convolution, How, Norm, alone
 
 F32, F64 = torch.float32, torch.float64
-needs_kernels = pytest.mark.skipif(not ff.available_backends()["cpp"].usable, reason="the C++ extension is not built")
+needs_kernels = pytest.mark.skipif(not ff.available_backends()["cpp"].usable, reason="waits for the cpp backend")
 
 SHAPES = [  # between them: vectors of channels and of neighbours, full and cut short; one number per plane; 3d
     (7, 5),

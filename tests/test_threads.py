@@ -7,11 +7,8 @@ from forde_fast import models, threads
 
 
 @pytest.fixture(autouse=True)
-def four_threads():
-    before = torch.get_num_threads()
+def four_threads(threads_come_back):
     torch.set_num_threads(4)
-    yield
-    torch.set_num_threads(before)
 
 
 def test_multiply_adds_are_those_of_matrices_and_kernels():

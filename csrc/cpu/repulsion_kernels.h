@@ -34,7 +34,7 @@ void contrasts(const Sample& sample, int64_t begin, int64_t end, void* const* ou
     for (int64_t n = 1; n < sample.rows; ++n) {
       const V* row = tiles.s_row(n);
       T* z = static_cast<T*>(out[n - 1]) + at;
-      tiles.prefetch(n, 0, kVectors);
+      tiles.prefetch(n);
       int64_t v = 0;
       for (; (v + 1) * kWidth<T> <= count; ++v) put<false, T>(row[v] - shared[v], z + v * kWidth<T>);
       if (v * kWidth<T> < count) put_some<T>(row[v] - shared[v], z + v * kWidth<T>, count - v * kWidth<T>);
@@ -82,7 +82,7 @@ inline void pair_tile(const Tiles<T, In>& tiles, bool among, Vector<T>* totals) 
   const int64_t moving = tiles.sample.moving, rows = tiles.sample.rows, first = among ? 0 : moving, repelling = rows - first;
   in_blocks<kI>(0, moving, [&](auto size_i, int64_t i) {
     constexpr int64_t kSize = decltype(size_i)::value;
-    for (int64_t a = 0; a < kSize; ++a) tiles.prefetch(i + a, 0, kVectors);
+    for (int64_t a = 0; a < kSize; ++a) tiles.prefetch(i + a);
     auto* own = totals + i * repelling - first;
     for (int64_t a = 0; among && a + 1 < kSize; ++a)
       in_blocks<kI>(i + a + 1, i + kSize, [&](auto size_j, int64_t j) {

@@ -27,17 +27,20 @@ struct Tiles {
   V* s_row(int64_t n) const { return s + n * kVectors; }
   V* q_row(int64_t n) const { return q + n * kVectors; }
 
-  void load(int64_t from, int64_t count) {
+  void move_to(int64_t from, int64_t count) {
     begin = from;
     used = (count + kStep * W - 1) / (kStep * W) * kStep;
+  }
+
+  void load(int64_t from, int64_t count) {
+    move_to(from, count);
     for (int64_t n = 0; n < sample.rows; ++n) load_row(n, count);
     if (sample.product) load_q(count);
   }
 
   // s_0, and s_n - s_0 in the places of the others.
   void load_differences(int64_t from, int64_t count) {
-    begin = from;
-    used = (count + kStep * W - 1) / (kStep * W) * kStep;
+    move_to(from, count);
     load_row(0, count);
     for (int64_t n = 1; n < sample.rows; ++n) load_row(n, count, [first = s_row(0)](V s, int64_t v) { return s - first[v]; });
   }
@@ -75,16 +78,15 @@ struct Tiles {
     for (int64_t v = 0; v < used; ++v) first[v] *= scale;
   }
 
-  // Asks for some vectors of row n of the next tile while this one is worked on: a few at a time, between the work, as
-  // requests wait for one another.
-  void prefetch(int64_t n, int64_t v, int64_t many) const {
-    const int64_t from = begin + columns() + v * W;
-    ask_for(static_cast<const In*>(sample.values[n]) + from, many * W);
-    if (sample.product && n > 0) ask_for(static_cast<const T*>(sample.product[n - 1]) + from, many * W);
+  // Asks for row n of the next tile while this one is worked on: a row at a time, between the work, as requests wait for
+  // one another.
+  void prefetch(int64_t n) const {
+    ask_for(static_cast<const In*>(sample.values[n]) + begin + columns());
+    if (sample.product && n > 0) ask_for(static_cast<const T*>(sample.product[n - 1]) + begin + columns());
   }
 
   template <class X>
-  static void ask_for(const X* values, int64_t count) {
-    for (int64_t k = 0; k < count; k += 64 / sizeof(X)) __builtin_prefetch(values + k, 0, 2);
+  static void ask_for(const X* values) {
+    for (int64_t k = 0; k < columns(); k += 64 / sizeof(X)) __builtin_prefetch(values + k, 0, 2);
   }
 };
