@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import resource
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -161,10 +160,14 @@ def available(device: torch.device) -> int:
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(device)[0]
     heap.trim()
-    lines = Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else []
+    if not Path("/proc/meminfo").exists():
+        return 0
+    import resource  # which Windows does not have
+
+    lines = Path("/proc/meminfo").read_text().splitlines()
     free = next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), 0)
     most, _ = resource.getrlimit(resource.RLIMIT_AS)  # ulimit -v
-    if lines and most != resource.RLIM_INFINITY:
-        pages = int(Path("/proc/self/statm").read_text().split()[0])
-        free = max(0, min(free, most - pages * resource.getpagesize()))
-    return free
+    if most == resource.RLIM_INFINITY:
+        return free
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    return max(0, min(free, most - pages * resource.getpagesize()))
