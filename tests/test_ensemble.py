@@ -279,6 +279,14 @@ def test_predictions_are_the_mean_of_softmax_in_evaluation_mode():
         assert torch.allclose(ensemble.predict_proba(x, batch_size), proba, atol=1e-6)
 
 
+def test_predictions_of_large_samples_are_made_a_few_at_a_time():
+    ensemble = ff.Ensemble(lambda: nn.Sequential(nn.Flatten(), nn.Linear(3 * 64 * 64, 3)), 2)
+    seen = []
+    ensemble.member(0).register_forward_pre_hook(lambda module, given: seen.append(len(given[0])))
+    ensemble.predict_proba(torch.randn(70, 3, 64, 64))
+    assert seen == [32, 32, 6]
+
+
 def test_evaluation_mode_is_restored_for_each_submodule():
     ensemble = make()
     ensemble.member(1)[1].eval()  # one frozen BatchNorm
