@@ -80,7 +80,7 @@ def test_runs_are_paired_and_tuning_uses_other_seeds_images_and_corruptions(tmp_
     assert {c.seed for c in tuning} == {TUNING_SEED}
     assert all(c.validation == TINY.validation for c in tuning)
     assert {c.weight_decay for c in tuning if c.method == "de"} == {5e-4, 5e-3}
-    assert {c.repulsion_weight for c in tuning if c.method == "forde-tuned"} == {1.0, 5.0, 20.0}
+    assert {c.repulsion_weight for c in tuning if c.method == "forde-tuned"} == {1.0, 5.0, 20.0, 80.0}
     assert len({c.out for c in table}) == len(table)
 
 
