@@ -31,6 +31,11 @@ struct Kernels {
   // computing type, c [moving, repelling], either null for none; past_caches: the results are too many to stay there
   void (*combine)(const Sample&, int64_t begin, int64_t end, const void* const* mixed, const double* c, const double* t,
                   void* const* out, bool past_caches);
+  // out[i,j] += sum_k p_i[k] p_j[k], [rows, rows], only j >= i: the rows as they are
+  void (*gram)(const Sample&, int64_t begin, int64_t end, double* out);
+  // out[i][k] = mixed_i[k] / norm_i + sum_j w[i,j] p_j[k], w [rows, rows]: the rows as they are; else as combine
+  void (*mix)(const Sample&, int64_t begin, int64_t end, const void* const* mixed, const double* w, void* const* out,
+              bool past_caches);
   // t[i] += sum_k s_i[k] times what combine sums there before it takes t away
   void (*along)(const Sample&, int64_t begin, int64_t end, const void* const* mixed, const double* c, double* t);
   // x[k] = exp(x[k]), x[k] <= 0

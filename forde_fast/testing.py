@@ -57,6 +57,7 @@ def _dead_row(shape, g):
 
 CASES: dict[str, Callable[[Shape, torch.Generator], Tensor]] = {
     "random": _normal,  # spread 1
+    "spread 6e-1": _spread(6e-1),  # where products of the rows take the place of differences on a CPU
     "spread 1e-1": _spread(1e-1),
     "spread 1e-2": _spread(1e-2),
     "spread 1e-3": _spread(1e-3),

@@ -12,22 +12,21 @@
 namespace forde_fast {
 namespace {
 
-// f(g, count) for a few samples at a time. Threads take the next ones as they get ready: a processor that others use too
-// is slower at times.
+// f(g, count) for up to kLanes samples at a time. Threads take the next ones as they get ready, fewer towards the end, so
+// that all end together: a processor that others use too is slower at times.
 template <class F>
-void in_lanes(int64_t groups, int64_t lanes, bool backwards, const F& f) {
-  const int64_t items = (groups + lanes - 1) / lanes;
-  std::atomic<int64_t> next = 0;
-  at::parallel_for(0, std::min<int64_t>(items, at::get_num_threads()), 1, [&](int64_t, int64_t) {
-    for (int64_t item; (item = next++) < items;) {
-      const int64_t g = (backwards ? items - 1 - item : item) * lanes;
-      f(g, std::min(lanes, groups - g));
+void in_lanes(int64_t groups, bool backwards, const F& f) {
+  const int64_t threads = std::min<int64_t>((groups + kLanes - 1) / kLanes, at::get_num_threads());
+  std::atomic<int64_t> taken = 0;
+  at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    for (int64_t from = 0; from < groups;) {
+      const int64_t count = std::min(groups - from, std::clamp<int64_t>((groups - from) / (2 * threads) / 4 * 4, 4, kLanes));
+      if (!taken.compare_exchange_weak(from, from + count)) continue;  // it now holds what is taken
+      f(backwards ? groups - from - count : from, count);
+      from += count;
     }
   });
 }
-
-// So few that all threads have several turns.
-int64_t lanes_for(int64_t groups) { return std::clamp<int64_t>(groups / (8 * at::get_num_threads()), 1, kLanes); }
 
 template <class T>
 MedianRule<T> make_rule(const Tensor& d, const Tensor& alignment, double log_count, Tensor& c, Tensor& h, Tensor& projection) {
@@ -54,16 +53,14 @@ void in_two_passes(const Rows& rows, const Tensor& more, bool normalize, double 
   auto rule = make_rule<T>(to.distances, alignment, log_count, to.coefficients, to.bandwidth, projection);
   const Norms norms(rows, 1, normalize, eps);
   std::vector<std::vector<double>> norm(rows.groups);
-  const int64_t pairs = rows.moving * rows.moving, lanes = lanes_for(rows.groups);
-  in_lanes(rows.groups, lanes, false, [&](int64_t first, int64_t count) {
-    std::vector<double> sums(pairs + rows.moving);
+  std::vector<char> far(rows.groups);
+  const int64_t pairs = rows.moving * rows.moving;
+  in_lanes(rows.groups, false, [&](int64_t first, int64_t count) {
     for (int64_t g = first; g < first + count; ++g) {
-      Rows::Pointers pointers;
-      Lengths lengths = norms.of(g);
-      std::fill(sums.begin(), sums.end(), 0.0);
-      add_pairs(rows, rows.sample(g, lengths.norm.data(), pointers), 0, rows.columns, sums.data());
-      store_pairs(rows, g, sums.data(), lengths, distances, alignment.mutable_data_ptr<T>());
-      norm[g] = std::move(lengths.norm);
+      Measured found = measure(rows, norms, g);
+      store_pairs(rows, g, found.sums.data(), found.lengths, distances, alignment.mutable_data_ptr<T>());
+      norm[g] = std::move(found.lengths.norm);
+      far[g] = found.far;
       for (int64_t p = 0; more.defined() && p < pairs; ++p) distances[p * rows.groups + g] += more.const_data_ptr<T>()[p * rows.groups + g];
     }
     rule.kernels(first, count);
@@ -72,12 +69,17 @@ void in_two_passes(const Rows& rows, const Tensor& more, bool normalize, double 
   const Tensor c = to.coefficients.view({-1, rows.groups});
   const std::vector<double> none(rows.moving);
   const bool past_caches = int64_t(to.gradient.nbytes()) > kCached;
-  in_lanes(rows.groups, lanes, true, [&](int64_t first, int64_t count) {
+  in_lanes(rows.groups, true, [&](int64_t first, int64_t count) {
     rule.coefficients(first, count);
     for (int64_t g = first + count - 1; g >= first; --g) {
       Rows::Pointers pointers;
-      rows.kernels.combine(rows.sample(g, norm[g].data(), pointers), 0, rows.columns, nullptr, of_sample(c, g).data(),
-                           normalize ? of_sample(projection, g).data() : none.data(), Rows::rows_of(to.gradient, g).data(), past_caches);
+      const Sample sample = rows.sample(g, norm[g].data(), pointers);
+      const auto own = of_sample(c, g), t = normalize ? of_sample(projection, g) : none;
+      const auto out = Rows::rows_of(to.gradient, g);
+      if (far[g])
+        rows.kernels.mix(sample, 0, rows.columns, nullptr, mixing_weights(own, t, norm[g]).data(), out.data(), past_caches);
+      else
+        rows.kernels.combine(sample, 0, rows.columns, nullptr, own.data(), t.data(), out.data(), past_caches);
     }
   });
 }
@@ -88,23 +90,25 @@ template <class T>
 Whole by_factor(const Rows& rows, const Tensor& factor, double tail, bool normalize, double eps, double log_count) {
   Tensor work = at::empty(rows.particles.sizes(), rows.options()), raw, alignment;
   if (tail) raw = at::empty({rows.moving, rows.moving, rows.groups}, rows.options()), alignment = at::empty_like(raw);
-  const int64_t pairs = rows.moving * rows.moving, lanes = lanes_for(rows.groups);
+  const int64_t pairs = rows.moving * rows.moving;
   Tensor z = work.narrow(0, 0, rows.moving - 1);
   const Norms norms(rows, 1, normalize, eps);
   std::vector<std::vector<double>> norm(rows.groups);
+  std::vector<char> far(rows.groups);
   std::atomic<bool> finite = true;
-  in_lanes(rows.groups, lanes, false, [&](int64_t first, int64_t count) {
+  in_lanes(rows.groups, false, [&](int64_t first, int64_t count) {
     for (int64_t g = first; g < first + count; ++g) {
       Rows::Pointers pointers;
-      const Lengths lengths = norms.of(g);
-      norm[g] = lengths.norm;
+      if (tail) {
+        Measured found = measure(rows, norms, g);
+        store_pairs(rows, g, found.sums.data(), found.lengths, raw.mutable_data_ptr<T>(), alignment.mutable_data_ptr<T>(), tail);
+        norm[g] = std::move(found.lengths.norm);
+        far[g] = found.far;
+      } else {
+        norm[g] = norms.of(g).norm;
+      }
       if (!all_finite(norm[g])) finite = false;
-      const Sample sample = rows.sample(g, norm[g].data(), pointers);
-      rows.kernels.contrasts(sample, 0, rows.columns, Rows::rows_of(z, g).data());
-      if (!tail) continue;
-      std::vector<double> sums(pairs + rows.moving);
-      add_pairs(rows, sample, 0, rows.columns, sums.data());
-      store_pairs(rows, g, sums.data(), lengths, raw.mutable_data_ptr<T>(), alignment.mutable_data_ptr<T>(), tail);
+      rows.kernels.contrasts(rows.sample(g, norm[g].data(), pointers), 0, rows.columns, Rows::rows_of(z, g).data());
     }
   });
   const Tensor x = coordinates(rows.particles, std::nullopt, at::mm(z.view({-1, rows.columns}), factor).view({rows.moving - 1, rows.groups, -1}));
@@ -118,7 +122,7 @@ Whole by_factor(const Rows& rows, const Tensor& factor, double tail, bool normal
   const bool narrow = rows.particles.scalar_type() != rows.type;
   whole.gradient = narrow ? at::empty(rows.particles.sizes(), rows.particles.options()) : work;
   const T *c = whole.coefficients.template const_data_ptr<T>(), *a = tail ? alignment.const_data_ptr<T>() : nullptr;
-  in_lanes(rows.groups, lanes, true, [&](int64_t first, int64_t count) {
+  in_lanes(rows.groups, true, [&](int64_t first, int64_t count) {
     for (int64_t g = first + count - 1; g >= first; --g) {
       Rows::Pointers pointers;
       const Sample sample = rows.sample(g, norm[g].data(), pointers);
@@ -129,8 +133,11 @@ Whole by_factor(const Rows& rows, const Tensor& factor, double tail, bool normal
         if (normalize) t[p / rows.moving] += double(c[p * rows.groups + g]) * a[p * rows.groups + g];
       }
       if (normalize) rows.kernels.along(sample, 0, rows.columns, mixed.data(), nullptr, t.data());
-      rows.kernels.combine(sample, 0, rows.columns, mixed.data(), tail ? weights.data() : nullptr, t.data(),
-                           Rows::rows_of(whole.gradient, g).data(), false);
+      const auto out = Rows::rows_of(whole.gradient, g);
+      if (far[g])
+        rows.kernels.mix(sample, 0, rows.columns, mixed.data(), mixing_weights(weights, t, norm[g]).data(), out.data(), false);
+      else
+        rows.kernels.combine(sample, 0, rows.columns, mixed.data(), tail ? weights.data() : nullptr, t.data(), out.data(), false);
     }
   });
   return whole;
@@ -151,9 +158,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> median_rule(const Tensor& distances, 
   Tensor h = at::empty({repelling, groups}, d.options()), projection = at::empty({moving, groups}, d.options());
   AT_DISPATCH_FLOATING_TYPES(d.scalar_type(), "median_rule", [&] {
     auto rule = make_rule<scalar_t>(d, e, log_count, c, h, projection);
-    in_lanes(groups, kLanes, false, [&](int64_t g, int64_t count) { rule.kernels(g, count); });
+    in_lanes(groups, false, [&](int64_t g, int64_t count) { rule.kernels(g, count); });
     *value.mutable_data_ptr<scalar_t>() = scalar_t(rule.value());
-    in_lanes(groups, kLanes, false, [&](int64_t g, int64_t count) { rule.coefficients(g, count); });
+    in_lanes(groups, false, [&](int64_t g, int64_t count) { rule.coefficients(g, count); });
   });
   return {value, c, h, projection};
 }

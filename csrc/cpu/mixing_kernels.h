@@ -1,5 +1,5 @@
-// What gradients are made of: mixed_i + sum_j c[i,j] (q_i - q_j). From differences, though a product of matrices would be
-// half the operations: where rows are close it would lose what sets them apart.
+// What gradients are made of: mixed_i + sum_j c[i,j] (q_i - q_j). From differences: where rows are close, products of
+// rows (gram_kernels.h) would lose what sets them apart.
 
 template <class T, class In>
 struct Mixture {
@@ -60,15 +60,6 @@ void finish(const Mixture<T, In>& mixture, int64_t i, int64_t count, const doubl
   }
 }
 
-// A row of a tile after the other: stores past the caches to several at a time are many times slower.
-template <bool kPast, class T, class In>
-void store(const Vector<T>* row, int64_t count, In* to) {
-  constexpr int64_t W = kWidth<T>;
-  int64_t v = 0;
-  for (; (v + 1) * W <= count; ++v) put<kPast, T>(row[v], to + v * W);
-  if (v * W < count) put_some<T>(row[v], to + v * W, count - v * W);
-}
-
 template <class T, class In>
 void combine(const Sample& sample, int64_t begin, int64_t end, const void* const* mixed, const double* c, const double* t,
              void* const* out, bool past_caches) {
@@ -78,11 +69,7 @@ void combine(const Sample& sample, int64_t begin, int64_t end, const void* const
     mixture.tiles.load(at, count);
     in_blocks<Mixture<T, In>::kMost>(0, sample.moving, [&](auto size, int64_t i) {
       finish<size, T, In>(mixture, i, count, t, mixture.results);
-      for (int64_t a = 0; a < size; ++a) {
-        In* to = static_cast<In*>(out[i + a]) + at;
-        past_caches && reinterpret_cast<uintptr_t>(to) % kBytes == 0 ? store<true, T>(mixture.results + a * kVectors, count, to)
-                                                                     : store<false, T>(mixture.results + a * kVectors, count, to);
-      }
+      for (int64_t a = 0; a < size; ++a) store<T>(past_caches, mixture.results + a * kVectors, count, static_cast<In*>(out[i + a]) + at);
     });
   }
   if (past_caches) finish_stores();
@@ -117,7 +104,8 @@ inline void exponentials(double* x, int64_t count) {
 }
 
 template <class T, class In>
-constexpr Kernels kKernels = {squares<T, In>, contrasts<T, In>, pairs<T, In>, combine<T, In>, along<T, In>, exponentials};
+constexpr Kernels kKernels = {squares<T, In>, contrasts<T, In>, pairs<T, In>,  combine<T, In>,
+                               gram<T, In>,    mix<T, In>,       along<T, In>, exponentials};
 
 inline const Kernels& kernels_for(Input input, bool wide) {
   switch (input) {

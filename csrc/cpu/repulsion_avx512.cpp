@@ -28,6 +28,7 @@ constexpr bool kMultiplyAdds = true;
 #include "vectors.h"
 #include "tiles.h"
 #include "repulsion_kernels.h"
+#include "gram_kernels.h"
 #include "mixing_kernels.h"
 }  // namespace
 

@@ -16,6 +16,7 @@ constexpr bool kMultiplyAdds = false;
 #include "vectors.h"
 #include "tiles.h"
 #include "repulsion_kernels.h"
+#include "gram_kernels.h"
 #include "mixing_kernels.h"
 }  // namespace
 

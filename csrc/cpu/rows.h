@@ -161,12 +161,14 @@ struct Norms {
 
   Lengths of(int64_t g) const {
     if (!known.empty()) return known[g];
-    if (!normalize) return Lengths(rows.rows);
     std::vector<double> squares(rows.rows);
+    if (!normalize) return given(squares);
     Rows::Pointers pointers;
     rows.kernels.squares(rows.sample(g, nullptr, pointers), 0, rows.columns, squares.data());
-    return {std::move(squares), eps, rows.type};
+    return given(std::move(squares));
   }
+
+  Lengths given(std::vector<double> squares) const { return normalize ? Lengths(std::move(squares), eps, rows.type) : Lengths(rows.rows); }
 };
 
 inline bool all_finite(const std::vector<double>& norm) {
@@ -176,6 +178,56 @@ inline bool all_finite(const std::vector<double>& norm) {
 // Sums of the pairs of a sample, and behind them of the growth, which is known beforehand where C is the identity.
 inline void add_pairs(const Rows& rows, const Sample& sample, int64_t begin, int64_t end, double* sums) {
   rows.kernels.pairs(sample, begin, end, sums, sample.product ? sums + rows.moving * rows.repelling() : nullptr);
+}
+
+// Where all rows of a sample are far apart, the sums of its pairs and its gradients come from products of the rows, as
+// precise and half the operations: the squares of two rows, added, are at most kFar times that of their difference.
+constexpr double kFar = 4;
+
+struct Measured {
+  Lengths lengths;
+  std::vector<double> sums;  // of the pairs, and of the growth behind them, as add_pairs has them
+  bool far = false;
+};
+
+inline Measured measure(const Rows& rows, const Norms& norms, int64_t g) {
+  const int64_t count = rows.moving;
+  Measured found = {Lengths(count), std::vector<double>(count * count + count)};
+  Rows::Pointers pointers;
+  if (!rows.product.defined()) {
+    std::vector<double> products(count * count), squares(count);
+    rows.kernels.gram(rows.sample(g, nullptr, pointers), 0, rows.columns, products.data());
+    for (int64_t n = 0; n < count; ++n) squares[n] = products[n * count + n];
+    found.lengths = norms.given(squares);
+    const auto& norm = found.lengths.norm;
+    for (int64_t n = 0; n < count; ++n) squares[n] /= norm[n] * norm[n];
+    found.far = true;
+    for (int64_t i = 0; i < count; ++i)
+      for (int64_t j = i + 1; j < count; ++j) {
+        const double both = squares[i] + squares[j], distance = both - 2 * products[i * count + j] / (norm[i] * norm[j]);
+        found.sums[i * count + j] = distance;
+        found.far = found.far && kFar * distance >= both;  // not with NaN
+      }
+    if (found.far) return found;
+    std::fill(found.sums.begin(), found.sums.end(), 0.0);
+  } else {
+    found.lengths = norms.of(g);
+  }
+  add_pairs(rows, rows.sample(g, found.lengths.norm.data(), pointers), 0, rows.columns, found.sums.data());
+  return found;
+}
+
+// The weights of the rows as they are in what `combine` sums of them, w [M, M] of Kernels::mix.
+inline std::vector<double> mixing_weights(const std::vector<double>& c, const std::vector<double>& t, const std::vector<double>& norm) {
+  const int64_t count = norm.size();
+  std::vector<double> w(count * count), by(count);
+  for (int64_t i = 0; i < count; ++i) by[i] = 1 / norm[i];
+  for (int64_t i = 0; i < count; ++i) {
+    double own = -t[i];
+    for (int64_t j = 0; j < count; ++j) own += c[i * count + j], w[i * count + j] = -c[i * count + j] * by[i] * by[j];
+    w[i * count + i] += own * by[i] * by[i];
+  }
+  return w;
 }
 
 // `weight` times the sums of sample g by add_pairs ->  distances and alignment [Mi, Mj, G]. With C symmetric,

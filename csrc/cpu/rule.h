@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <limits>
 #include <memory>
+#include <numeric>
 #include <vector>
 
 namespace forde_fast {
@@ -19,12 +20,15 @@ constexpr int64_t kNetwork = 32;  // up to so many rows are sorted without a bra
 template <class T>
 void medians(T (*columns)[kLanes], int64_t rows, double* out) {
   if (rows <= kNetwork) {  // odd-even transposition
+    using Some __attribute__((vector_size(16), aligned(alignof(T)))) = T;  // every processor has vectors of so many bytes
+    constexpr int64_t kParts = kLanes * sizeof(T) / 16;
+    auto* parts = reinterpret_cast<Some*>(columns);
     for (int64_t round = 0; round < rows; ++round)
-      for (int64_t i = round % 2; i + 1 < rows; i += 2)
-        for (int64_t lane = 0; lane < kLanes; ++lane) {
-          const T a = columns[i][lane], b = columns[i + 1][lane];
-          columns[i][lane] = b < a ? b : a;
-          columns[i + 1][lane] = b < a ? a : b;
+      for (Some* pair = parts + round % 2 * kParts; pair + kParts < parts + rows * kParts; pair += 2 * kParts)
+        for (int64_t k = 0; k < kParts; ++k) {
+          const Some a = pair[k], b = pair[kParts + k];
+          pair[k] = b < a ? b : a;
+          pair[kParts + k] = b < a ? a : b;
         }
     for (int64_t lane = 0; lane < kLanes; ++lane)
       out[lane] = (double(columns[(rows - 1) / 2][lane]) + double(columns[rows / 2][lane])) / 2;
@@ -51,41 +55,42 @@ class MedianRule {
         c_(coefficients), h_(bandwidth), projection_(projection), sums_(groups * moving), exact_h_(repelling * groups),
         kernel_(new double[moving * repelling * groups]), rows_(moving) {}
 
-  // Bandwidths and kernel values of the samples g .. g + count, at most kLanes.
+  // Bandwidths and kernel values of the samples g .. g + count, at most kLanes. All lanes are worked on, so that the
+  // compiler makes vectors of them; those without a sample have distances of 1.
   void kernels(int64_t g, int64_t count) {
     std::vector<T> memory(moving_ * kLanes);
+    std::vector<double> values(moving_ * kLanes);
     auto* columns = reinterpret_cast<T(*)[kLanes]>(memory.data());
-    std::vector<double> values(moving_ * count);
-    double middle[kLanes];
-    T excess = 0;  // 0 as long as all is finite
+    double middle[kLanes], own[kLanes];
+    T excess[kLanes] = {};  // 0 as long as all is finite
     for (int64_t j = 0; j < repelling_; ++j) {
-      for (int64_t i = 0; i < moving_; ++i)
-        for (int64_t lane = 0; lane < count; ++lane) {
-          columns[i][lane] = d_[at(i, j, g) + lane];
-          excess += columns[i][lane] * 0;
+      for (int64_t i = 0; i < moving_; ++i) {
+        std::fill_n(columns[i], kLanes, T(1));
+        std::copy_n(d_ + at(i, j, g), count, columns[i]);
+        for (int64_t lane = 0; lane < kLanes; ++lane) {
+          excess[lane] += columns[i][lane] * 0;
+          values[i * kLanes + lane] = columns[i][lane];
         }
-      medians(columns, moving_, middle);
-      double* own = &exact_h_[j * groups_ + g];
-      for (int64_t lane = 0; lane < count; ++lane) {
-        own[lane] = middle[lane] / log_count_ + 1e-12;
-        h_[j * groups_ + g + lane] = T(own[lane]);
       }
+      medians(columns, moving_, middle);
+      for (int64_t lane = 0; lane < kLanes; ++lane) own[lane] = middle[lane] / log_count_ + 1e-12;
+      std::copy_n(own, count, &exact_h_[j * groups_ + g]);
+      std::copy_n(own, count, h_ + j * groups_ + g);
       for (int64_t i = 0; i < moving_; ++i)
-        for (int64_t lane = 0; lane < count; ++lane) values[i * count + lane] = -double(d_[at(i, j, g) + lane]) / own[lane];
-      exponentials_(values.data(), moving_ * count);
-      for (int64_t i = 0; i < moving_; ++i)
-        for (int64_t lane = 0; lane < count; ++lane) {
-          kernel_[at(i, j, g) + lane] = values[i * count + lane];
-          sums_[(g + lane) * moving_ + i] += values[i * count + lane];
-        }
+        for (int64_t lane = 0; lane < kLanes; ++lane) values[i * kLanes + lane] /= -own[lane];
+      exponentials_(values.data(), moving_ * kLanes);
+      for (int64_t i = 0; i < moving_; ++i) {
+        std::copy_n(&values[i * kLanes], count, &kernel_[at(i, j, g)]);
+        for (int64_t lane = 0; lane < count; ++lane) sums_[i * groups_ + g + lane] += values[i * kLanes + lane];
+      }
     }
-    if (excess != 0) finite_ = false;  // an infinite distance alone would only make a kernel value 0
+    for (T x : excess)
+      if (x != 0) finite_ = false;  // an infinite distance alone would only make a kernel value 0
   }
 
   // The value, NaN where a distance is not finite; after the kernels of all samples.
   double value() {
-    for (int64_t g = 0; g < groups_; ++g)
-      for (int64_t i = 0; i < moving_; ++i) rows_[i] += sums_[g * moving_ + i];
+    for (int64_t i = 0; i < moving_; ++i) rows_[i] = std::accumulate(&sums_[i * groups_], &sums_[i * groups_] + groups_, 0.0);
     double value = finite_ ? 0 : std::numeric_limits<double>::quiet_NaN();
     for (double row : rows_) value += std::log(row / groups_) / groups_;
     return value;
@@ -96,12 +101,14 @@ class MedianRule {
     for (int64_t i = 0; i < moving_; ++i) {
       const double scale = -2.0 / groups_ / rows_[i];
       double aligned[kLanes] = {};
-      for (int64_t j = 0; j < repelling_; ++j)
-        for (int64_t lane = 0; lane < count; ++lane) {
-          const int64_t to = at(i, j, g) + lane;
-          c_[to] = d_[to] == 0 ? T(0) : T(scale * kernel_[to] / exact_h_[j * groups_ + g + lane]);
-          if (alignment_) aligned[lane] += double(c_[to]) * double(alignment_[to]);
-        }
+      for (int64_t j = 0; j < repelling_; ++j) {
+        const int64_t from = at(i, j, g);
+        const double *kernel = &kernel_[from], *own = &exact_h_[j * groups_ + g];
+        T c[kLanes];
+        for (int64_t lane = 0; lane < count; ++lane) c[lane] = d_[from + lane] == 0 ? T(0) : T(scale * kernel[lane] / own[lane]);
+        for (int64_t lane = 0; alignment_ && lane < count; ++lane) aligned[lane] += double(c[lane]) * double(alignment_[from + lane]);
+        std::copy_n(c, count, c_ + from);
+      }
       for (int64_t lane = 0; lane < count; ++lane) projection_[i * groups_ + g + lane] = T(aligned[lane]);
     }
   }
@@ -114,7 +121,7 @@ class MedianRule {
   const double log_count_;
   const T *d_, *alignment_;
   T *c_, *h_, *projection_;
-  std::vector<double> sums_, exact_h_;  // [G, Mi], [Mj, G]
+  std::vector<double> sums_, exact_h_;  // [Mi, G], [Mj, G]
   std::unique_ptr<double[]> kernel_;    // [Mi, Mj, G]
   std::vector<double> rows_;            // [Mi]
   std::atomic<bool> finite_ = true;
