@@ -86,7 +86,8 @@ class _Found:
 
     def distances(self, rows, product, norm, constants, log_count, tail=None):
         M, _, D = rows.shape
-        tile = steps._pairs_tile(M, D, self.d.dtype)
+        of_product = constants["SOURCE"] == "product"
+        tile = steps._pairs_tile(M, D, self.d.dtype, of_product, steps._chip(rows))
         constants |= {"STEPS": steps.triton.cdiv(D, tile["LANES"] * tile["V"])} | tile
         rule = self.h, self.exact, self.parts
         tensors = rows, product, norm, self.d[None], self.alignment[None]
@@ -110,7 +111,7 @@ def _contrasts_and_distances(particles, z, eps):
     """Writes z [M, G, D], the contrasts and what they have lost; -> inverse_norm, d, alignment of the particles."""
     M, G, D = particles.shape
     acc, ACC = steps._types(particles)
-    tile = steps._pairs_tile(M, D, acc)
+    tile = steps._pairs_tile(M, D, acc, False, steps._chip(particles))
     splits, count = steps._splits(G, D, tile["LANES"] * tile["V"])
     norm = _empty(particles, M, G) if splits == 1 else steps._inverse_norms(particles, None, eps)
     d, alignment = (_empty(particles, splits, M, M, G) for _ in range(2))

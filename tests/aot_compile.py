@@ -83,6 +83,7 @@ def resources(cubin):
 
 def compile_case(job):
     arch, case = job
+    repulsion._chip = lambda rows: arch // 10
     rows = []
     for kernel, arguments, constants in launches(*case):
         options = {"num_warps": constants["num_warps"], "enable_fp_fusion": False}

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import io
 import pickle
+import re
 import tarfile
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import ClassVar
 
 import numpy as np
 
@@ -150,26 +152,72 @@ def _images_and_labels(file: str, content: bytes, key: str) -> tuple[np.ndarray,
     return data.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), np.array(labels, np.int64)
 
 
+class _Type:
+    """What a pickle says of a NumPy type. NumPy's own reading trusts pickles to be NumPy's, and others make it crash."""
+
+    def __init__(self, name: str, *_):
+        expect(re.fullmatch("[<>|=]?[biuf][1248]", name) is not None, "dtype", "a type of numbers", repr(name))
+        self.name = name
+
+    def __setstate__(self, state: tuple):
+        order = state[1]
+        expect(order in ("<", ">", "|", "="), "dtype", "an order of bytes", repr(order))
+        self.name = order + self.name.lstrip("<>|=")
+
+
+class _Array:
+    """What a pickle says of a NumPy array."""
+
+    value: np.ndarray
+
+    @classmethod
+    def reconstruct(cls, *_) -> _Array:
+        return cls()
+
+    @classmethod
+    def from_buffer(cls, content: bytes, kind: _Type, shape: tuple, order: str) -> _Array:
+        self = cls()
+        self.__setstate__((1, shape, kind, order == "F", bytes(content)))
+        return self
+
+    def __setstate__(self, state: tuple):
+        _, shape, kind, columns_first, content = state
+        content = content.encode("latin1") if isinstance(content, str) else content  # Python 2 made no difference
+        flat = np.frombuffer(content, np.dtype(kind.name))
+        self.value = flat.reshape(shape, order="F" if columns_first else "C").copy()
+
+
 def _latin1(text: str, encoding: str = "latin1") -> bytes:
     """What Python 3 writes for bytes in pickles of Python 2's protocol; codecs.encode itself reaches further."""
     expect(encoding == "latin1", "encoding", "latin1", repr(encoding))
     return text.encode("latin1")
 
 
-class _ArraysOnly(pickle.Unpickler):
-    """Knows what NumPy arrays are made of, and nothing else."""
+class _ArraysOnly(pickle._Unpickler):
+    """Knows what NumPy arrays are made of, and nothing else. Python's own unpickler in Python: the one in C believes
+    what a pickle says of sizes, and can be made to crash."""
+
+    names: ClassVar = {
+        ("numpy", "ndarray"): _Array,
+        ("numpy", "dtype"): _Type,
+        ("numpy.core.multiarray", "_reconstruct"): _Array.reconstruct,
+        ("numpy.core.numeric", "_frombuffer"): _Array.from_buffer,
+        ("_codecs", "encode"): _latin1,
+    }
+    dispatch: ClassVar = dict(pickle._Unpickler.dispatch)
 
     def find_class(self, module: str, name: str):
-        match module.replace("numpy._core", "numpy.core"), name:
-            case "numpy", "ndarray" | "dtype":
-                return getattr(np, name)
-            case "numpy.core.multiarray", "_reconstruct":
-                return np._core.multiarray._reconstruct
-            case "numpy.core.numeric", "_frombuffer":
-                return np._core.numeric._frombuffer
-            case "_codecs", "encode":
-                return _latin1
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+        known = self.names.get((module.replace("numpy._core", "numpy.core"), name))
+        if known is None:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+        return known
+
+    def load_build(self):
+        if not isinstance(self.stack[-2], (_Array, _Type)):  # a state may be any attributes, of functions too
+            raise pickle.UnpicklingError(f"it changes a {type(self.stack[-2]).__name__}")
+        super().load_build()
+
+    dispatch[pickle.BUILD[0]] = load_build
 
 
 def unpickle(name: str, content: bytes) -> dict:
@@ -182,7 +230,10 @@ def unpickle(name: str, content: bytes) -> dict:
             f"{name}: expected a whole pickle of arrays that runs no code, got another ({reason})"
         ) from None
     expect(isinstance(stored, dict), name, "a pickled dict", type(stored).__name__)
-    return {key.decode("latin1") if isinstance(key, bytes) else key: value for key, value in stored.items()}
+    return {
+        key.decode("latin1") if isinstance(key, bytes) else key: value.value if isinstance(value, _Array) else value
+        for key, value in stored.items()
+    }
 
 
 def load_npy(path: Path) -> np.ndarray:
