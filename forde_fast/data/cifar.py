@@ -153,7 +153,7 @@ def _images_and_labels(file: str, content: bytes, key: str) -> tuple[np.ndarray,
 
 
 class _Type:
-    """What a pickle says of a NumPy type. NumPy's own reading trusts pickles to be NumPy's, and others make it crash."""
+    """What a pickle says of a NumPy type. NumPy's own reader trusts pickles to be NumPy's; others make it crash."""
 
     def __init__(self, name: str, *_):
         expect(re.fullmatch("[<>|=]?[biuf][1248]", name) is not None, "dtype", "a type of numbers", repr(name))

@@ -72,7 +72,8 @@ RESNET = {"members": 10, "seeds": 5, "epochs": 300, "augment": True, "strategy":
 TABLES = {
     "small": Table("fashion-mini", "mlp", epochs=10, spread=True, weight_decays=(5e-4, 5e-3), alphas=(0.4, 0.8)),
     "digits-mlp": DIGITS,
-    "digits-cnn": replace(DIGITS, model="cnn", width=4, epochs=8, weight_decays=DECAYS, published=("de", "forde-pca")),
+    "digits-cnn": replace(DIGITS, model="cnn", width=4, epochs=8, weight_decays=DECAYS,
+                          published=("de", "forde-pca")),
     "fashion-mlp": replace(FASHION, methods=ALL),
     "fashion-cnn": replace(FASHION, model="cnn", width=4, batch_size=64),
     "fashion-resnet18": Table("fashion-mnist", "resnet18", members=10, strategy="auto", epochs=30),
