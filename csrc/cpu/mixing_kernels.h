@@ -77,6 +77,9 @@ void combine(const Sample& sample, int64_t begin, int64_t end, const void* const
 
 template <class T, class In>
 void along(const Sample& sample, int64_t begin, int64_t end, const void* const* mixed, const double* c, double* t) {
+  for (int64_t n = 0; !c && n < sample.moving; ++n)
+    t[n] += dot<T>(static_cast<const In*>(sample.values[n]), static_cast<const T*>(mixed[n]), begin, end) / sample.norm[n];
+  if (!c) return;
   Mixture<T, In> mixture(sample, mixed, c);
   const Tiles<T, In>& tiles = mixture.tiles;
   for (int64_t at = begin; at < end; at += tiles.columns()) {

@@ -1,21 +1,30 @@
 // The kernels of repulsion.h, written once: in vectors.h with the compiler's own vectors, over the tiles of tiles.h.
 // Sums run in vectors over a few tiles and in double beyond, so their error does not grow with D.
 
+template <class T, class A, class B>
+double dot(const A* a, const B* b, int64_t begin, int64_t end) {
+  constexpr int64_t W = kWidth<T>, kChains = 4;  // four chains hide the latency of the addition
+  double total = 0;
+  for (int64_t at = begin; at < end; at += kRun) {
+    const int64_t stop = std::min(at + kRun, end);
+    Vector<T> chains[kChains] = {};
+    int64_t k = at;
+    for (; k + kChains * W <= stop; k += kChains * W)
+      for (int64_t u = 0; u < kChains; ++u) chains[u] += get<T>(a + k + u * W) * get<T>(b + k + u * W);
+    for (; k < stop; k += W) {
+      const int64_t count = std::min(W, stop - k);
+      chains[0] += get_some<T>(a + k, count) * get_some<T>(b + k, count);
+    }
+    total += sum<T>((chains[0] + chains[1]) + (chains[2] + chains[3]));
+  }
+  return total;
+}
+
 template <class T, class In>
 void squares(const Sample& sample, int64_t begin, int64_t end, double* out) {
-  constexpr int64_t W = kWidth<T>, kChains = 4;  // four chains hide the latency of the addition
   for (int64_t n = 0; n < sample.rows; ++n) {
     const In* row = static_cast<const In*>(sample.values[n]);
-    for (int64_t at = begin; at < end; at += kRun) {
-      const int64_t stop = std::min(at + kRun, end);
-      Vector<T> chains[kChains] = {};
-      const auto add = [](Vector<T>& to, Vector<T> p) { to += p * p; };
-      int64_t k = at;
-      for (; k + kChains * W <= stop; k += kChains * W)
-        for (int64_t u = 0; u < kChains; ++u) add(chains[u], get<T>(row + k + u * W));
-      for (; k < stop; k += W) add(chains[0], get_some<T>(row + k, std::min(W, stop - k)));
-      out[n] += sum<T>((chains[0] + chains[1]) + (chains[2] + chains[3]));
-    }
+    out[n] += dot<T>(row, row, begin, end);
   }
 }
 
