@@ -8,7 +8,7 @@ import math
 
 import pytest
 import torch
-from forde_fast.kernels import repulsion
+from forde_fast.kernels import repulsion, tiles
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EPS = 1e-24
@@ -206,7 +206,7 @@ def test_equal_rows_cancel_exactly(path):
 @pytest.mark.parametrize("split", [False, True])
 def test_nan_reaches_every_distance_of_its_row(monkeypatch, path, others, split):
     if split:
-        monkeypatch.setattr(repulsion, "MANY_COLUMNS", 16)
+        monkeypatch.setattr(tiles, "MANY_COLUMNS", 16)
     particles = make_rows("random", 3, 2, 80)
     particles[1, 0, 2] = math.nan
     others = None if others is None else make_rows("random", others, 2, 80, seed=1)
@@ -222,10 +222,10 @@ def test_nan_reaches_every_distance_of_its_row(monkeypatch, path, others, split)
 
 @pytest.mark.parametrize("others", [None, 1])
 def test_columns_split_over_programs(monkeypatch, path, others):
-    monkeypatch.setattr(repulsion, "MANY_COLUMNS", 1024)
+    monkeypatch.setattr(tiles, "MANY_COLUMNS", 1024)
     particles = make_rows("duplicated", 5, 1, 1300)
     others = None if others is None else make_rows("random", others, 1, 1300, seed=1)
-    assert repulsion._splits(1, 1300, 512) == (3, 1)
+    assert tiles._splits(1, 1300, 512) == (3, 1)
     run_chain(particles, others)
     d, _, inverse_norm = repulsion.pair_distances(particles, others, None, True, EPS)
     assert inverse_norm[0] == inverse_norm[4]

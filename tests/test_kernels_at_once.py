@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from forde_fast.kernels import at_once, repulsion
+from forde_fast.kernels import at_once, repulsion, tiles
 from test_kernels import DEVICE, EPS, make_rows
 from test_precision import error, rounded_product
 
@@ -41,7 +41,7 @@ def test_the_same_as_its_steps(dtype, many, monkeypatch):
 @pytest.mark.parametrize("columns", ["whole", "split"])
 def test_low_rank_in_float32(tail, columns, monkeypatch):
     if columns == "split":
-        monkeypatch.setattr(repulsion, "MANY_COLUMNS", 64)
+        monkeypatch.setattr(tiles, "MANY_COLUMNS", 64)
     scale = make_pca(300, 20, tail)
     factor = scale.factors(torch.float32, torch.device(DEVICE))[0]
     for case in ("random", "close pair 1e-4", "duplicate"):

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from forde_fast.kernels import repulsion
+from forde_fast.kernels import repulsion, tiles
 from test_kernels import DEVICE, EPS, check, make_rows, path, plain_rows  # noqa: F401 (path is a fixture)
 
 
@@ -53,7 +53,7 @@ def test_project_types(dtype, weighted):
 
 @pytest.mark.parametrize("weighted", [False, True])
 def test_project_with_columns_split_over_programs(monkeypatch, weighted):
-    monkeypatch.setattr(repulsion, "MANY_COLUMNS", 1024)
+    monkeypatch.setattr(tiles, "MANY_COLUMNS", 1024)
     run(make_rows("random", 3, 1, 1300), None, weighted, True)
 
 
