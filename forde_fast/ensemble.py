@@ -122,7 +122,7 @@ class Ensemble(nn.Module):
         found = {name: tuple(getattr(tensor, "shape", ("no tensor",))) for name, tensor in tensors.items()}
         odd = sorted(name for name in own.keys() | found.keys() if own.get(name) != found.get(name))
         if odd:
-            raise ValueError(f"state: expected the ensemble's {odd[0]} {own.get(odd[0])}, got {found.get(odd[0])}")
+            expect(False, "state", f"the ensemble's {odd[0]} {own.get(odd[0])}", found.get(odd[0]))
 
     def __len__(self) -> int:
         return len(self.members)

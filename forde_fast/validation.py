@@ -9,9 +9,13 @@ from torch import Tensor
 FLOATS = (torch.float32, torch.float64, torch.bfloat16)
 
 
+LONGEST = 400  # characters of what was expected, and of what came: either may quote a file of any content
+
+
 def expect(holds: bool, name: str, expected: str, got, error: type[Exception] = ValueError) -> None:
     """Raise `error` in the one form that every message of the package has."""
     if not holds:
+        expected, got = (text if len(text) <= LONGEST else text[:LONGEST] + "..." for text in (expected, str(got)))
         raise error(f"{name}: expected {expected}, got {got}")
 
 
