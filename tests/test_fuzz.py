@@ -241,6 +241,7 @@ FOUND = [
     ("pickle", b"\x80\x02cnumpy._core.multiarray\n\x02}q\x00\n."),  # the message quoted it as it is
     ("cifar", PICKLE.replace(b"|q\x11NN", b"N")),  # NumPy's type took the state of another version, and crashed
     ("pickle", b"\x80\x02c_codecs\nencode\n}X\x04\x00\x00\x00nameK\x01sb."),  # gave a function an attribute
+    ("cifar", b"\x80\x02}X\x04\x00\x00\x00datacnumpy\nndarray\n)\x81s."),  # an array that is never said more of
     ("pickle", b"\x80\x02}r\xff\xff\xff\x7f."),  # a memo of 2^31 places
     ("toml", b"lr = " + b"[" * 3000),
     ("toml", b"seed = " + b"9" * 5000),

@@ -168,7 +168,7 @@ class _Type:
 class _Array:
     """What a pickle says of a NumPy array."""
 
-    value: np.ndarray
+    value = None
 
     @classmethod
     def reconstruct(cls, *_) -> _Array:
@@ -177,7 +177,7 @@ class _Array:
     @classmethod
     def from_buffer(cls, content: bytes, kind: _Type, shape: tuple, order: str) -> _Array:
         self = cls()
-        self.__setstate__((1, shape, kind, order == "F", bytes(content)))
+        self.__setstate__((1, shape, kind, order == "F", content))
         return self
 
     def __setstate__(self, state: tuple):
