@@ -16,13 +16,16 @@ def expect(holds: bool, name: str, expected: str, got, error: type[Exception] = 
     """Raise `error` in the one form that every message of the package has."""
     if not holds:
         expected, got = (text if len(text) <= LONGEST else text[:LONGEST] + "..." for text in (expected, str(got)))
-        raise error(f"{name}: expected {expected}, got {got}")
+        raise error(_shown(f"{name}: expected {expected}, got {got}"))
 
 
 def reason_of(error: Exception, most: int = 200) -> str:
-    """What an error says, in one line of characters that can be shown: it may quote a file of any content."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return "".join(c if c.isprintable() else "?" for c in text[:most])
+    """What an error says, in one line: it may quote a file of any content."""
+    return _shown(" ".join(str(error).split())[:most] or type(error).__name__)
+
+
+def _shown(text: str) -> str:
+    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def one_of(value: str, name: str, valid) -> str:

@@ -258,6 +258,7 @@ FOUND = [
     ("log", LOG.replace(b"2.5", b'"2.5"')),
     ("checkpoint", TEXT.replace(b"velocity", b"velocities", 1)),
     ("checkpoint", TEXT.replace(b"members.0.w", b"members.0.w" + b"[" * 3000, 1)),  # quoted in full
+    ("checkpoint", TEXT.replace(b"members.0.w", b"members.0.\xd7\x8e", 1)),  # cannot be shown
     ("checkpoint", TEXT.replace(b"optimizer", b"optimizers", 1)),
     ("checkpoint", TEXT.replace(b'"steps": 0', b'"steps": "0"')),
     ("state", b"\xff" * 7 + b"\x7f" + b"{}"),
