@@ -74,12 +74,8 @@ void in_two_passes(const Rows& rows, const Tensor& more, bool normalize, double 
     for (int64_t g = first + count - 1; g >= first; --g) {
       Rows::Pointers pointers;
       const Sample sample = rows.sample(g, norm[g].data(), pointers);
-      const auto own = of_sample(c, g), t = normalize ? of_sample(projection, g) : none;
-      const auto out = Rows::rows_of(to.gradient, g);
-      if (far[g])
-        rows.kernels.mix(sample, 0, rows.columns, nullptr, mixing_weights(own, t, norm[g]).data(), out.data(), past_caches);
-      else
-        rows.kernels.combine(sample, 0, rows.columns, nullptr, own.data(), t.data(), out.data(), past_caches);
+      combine_rows(rows.kernels, sample, rows.columns, far[g], nullptr, of_sample(c, g), normalize ? of_sample(projection, g) : none,
+                   Rows::rows_of(to.gradient, g).data(), past_caches);
     }
   });
 }
@@ -133,11 +129,7 @@ Whole by_factor(const Rows& rows, const Tensor& factor, double tail, bool normal
         if (normalize) t[p / rows.moving] += double(c[p * rows.groups + g]) * a[p * rows.groups + g];
       }
       if (normalize) rows.kernels.along(sample, 0, rows.columns, mixed.data(), nullptr, t.data());
-      const auto out = Rows::rows_of(whole.gradient, g);
-      if (far[g])
-        rows.kernels.mix(sample, 0, rows.columns, mixed.data(), mixing_weights(weights, t, norm[g]).data(), out.data(), false);
-      else
-        rows.kernels.combine(sample, 0, rows.columns, mixed.data(), tail ? weights.data() : nullptr, t.data(), out.data(), false);
+      combine_rows(rows.kernels, sample, rows.columns, far[g], mixed.data(), weights, t, Rows::rows_of(whole.gradient, g).data(), false);
     }
   });
   return whole;

@@ -230,6 +230,14 @@ inline std::vector<double> mixing_weights(const std::vector<double>& c, const st
   return w;
 }
 
+// The gradient's rows of one sample: what Kernels::combine has of mixed, c (empty for none) and t, by the way that is right.
+inline void combine_rows(const Kernels& kernels, const Sample& sample, int64_t columns, bool far, const void* const* mixed,
+                         const std::vector<double>& c, const std::vector<double>& t, void* const* out, bool past_caches) {
+  if (!far) return kernels.combine(sample, 0, columns, mixed, c.empty() ? nullptr : c.data(), t.data(), out, past_caches);
+  const std::vector<double> norm(sample.norm, sample.norm + sample.rows);
+  kernels.mix(sample, 0, columns, mixed, mixing_weights(c, t, norm).data(), out, past_caches);
+}
+
 // `weight` times the sums of sample g by add_pairs ->  distances and alignment [Mi, Mj, G]. With C symmetric,
 // (q_i - q_j) s_i = (d_ij + s_i^T C s_i - s_j^T C s_j) / 2: one sum for each row rather than for each pair.
 template <class T>
