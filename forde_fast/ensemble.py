@@ -11,7 +11,7 @@ from torch.func import functional_call
 from forde_fast.evaluation import decompose
 from forde_fast.modes import evaluation_mode
 from forde_fast.types import Prediction
-from forde_fast.validation import expect, whole
+from forde_fast.validation import expect, refuse, whole
 
 AS_BUILT = "ensemble", "the trainable parameters with which it was built (freeze before building it)"  # of errors
 
@@ -122,7 +122,7 @@ class Ensemble(nn.Module):
         found = {name: tuple(getattr(tensor, "shape", ("no tensor",))) for name, tensor in tensors.items()}
         odd = sorted(name for name in own.keys() | found.keys() if own.get(name) != found.get(name))
         if odd:
-            expect(False, "state", f"the ensemble's {odd[0]} {own.get(odd[0])}", found.get(odd[0]))
+            refuse("state", f"the ensemble's {odd[0]} {own.get(odd[0])}", found.get(odd[0]))
 
     def __len__(self) -> int:
         return len(self.members)

@@ -13,7 +13,7 @@ from forde_fast.lengthscales import PCA, Identity
 from forde_fast.precision import PRECISIONS, matmul
 from forde_fast.rule import Median, check_bandwidth, kernel_rule
 from forde_fast.types import Backend, Repulsion
-from forde_fast.validation import expect
+from forde_fast.validation import expect, refuse
 
 BACKENDS = tuple(operators.UNUSABLE)
 
@@ -131,7 +131,7 @@ def repulsion(
         projection = None
         # the fused rule counts on the self-distances: without their exp(0) all of a row may underflow
         if others is None and _is_default(bandwidth):
-            value, c, h, projection = implementation.median_rule(d, state.alignment, DEFAULT.log_count(d))
+            value, c, h, projection = implementation.median_rule(d, state.alignment, DEFAULT.log_count(d.shape[1]))
             _check_finite(particles, others, value)
         else:
             _check_finite(particles, others, d.sum())
@@ -146,8 +146,8 @@ def repulsion(
 def check_backend(backend: str) -> None:
     """ValueError for a name that is none (the message lists them), RuntimeError for one that cannot run here."""
     validation.one_of(backend, "backend", ("auto", *BACKENDS))
-    reason = operators.UNUSABLE.get(backend)
-    expect(not reason, "backend", f"one that can run here, not {backend!r}", reason, RuntimeError)
+    if reason := operators.UNUSABLE.get(backend):
+        refuse("backend", f"one that can run here, not {backend!r}", reason, RuntimeError)
 
 
 def distances(
@@ -211,10 +211,9 @@ def _combine(state, c: Tensor, projection: Tensor | None = None) -> Tensor:
     return state.combine(c.to(state.norm.dtype), projection).to(state.dtype)
 
 
-@torch.no_grad()
 def _fused(name, operations, particles, lengthscale, normalize, eps, precision):
     dtype, product, particles = particles.dtype, None, particles.detach()
-    log_count = DEFAULT.log_count(particles[None])
+    log_count = DEFAULT.log_count(len(particles))
     weighed = len(particles) > 1 and not _is_identity(lengthscale)
     if weighed or name != "cpp":  # which widens what it reads by itself, but no contrasts
         particles = particles.to(_computed(particles))
@@ -238,7 +237,7 @@ def _narrowed(results, dtype: torch.dtype) -> Repulsion:
 @torch.no_grad()
 def _at_once(operations, particles, lengthscale, normalize, eps, precision):
     dtype, particles = particles.dtype, particles.detach().to(_computed(particles))
-    acc, log_count = operators.accumulation_dtype(particles.dtype), DEFAULT.log_count(particles[None])
+    acc, log_count = operators.accumulation_dtype(particles.dtype), DEFAULT.log_count(len(particles))
     factors = _factors(lengthscale, particles)
     rounded = normalize and precision == "tf32" and acc == torch.float32 and _rounds(particles.device)
     half = lengthscale.in_half(particles.device) if rounded and isinstance(lengthscale, PCA) else None
@@ -271,6 +270,7 @@ def _computed(particles: Tensor) -> torch.dtype:
     return torch.float64 if particles.shape[2] <= EXACT_COLUMNS else particles.dtype
 
 
+@torch.no_grad()
 def _factors(lengthscale, rows):
     """F [D, K] and the tail for rows of this dtype and on this device, or None."""
     dtype = operators.accumulation_dtype(rows.dtype)
@@ -296,7 +296,7 @@ def _choose(backend: str, particles, others, lengthscale, normalize, eps, precis
     fits = interpreted or particles.device.type == ("cpu" if backend == "cpp" else "cuda")
     if not fits:
         where = f"the particles are on {particles.device}"
-        expect(False, "backend", f"one for these particles, not {backend!r}", where, RuntimeError)
+        refuse("backend", f"one for these particles, not {backend!r}", where, RuntimeError)
     if interpreted:  # the same kernels, run by Triton's interpreter on CPU tensors
         from forde_fast.kernels import operations
 
@@ -317,6 +317,7 @@ def _check_fused(particles, lengthscale, others, bandwidth) -> None:
     need(_is_identity(lengthscale) or not reason, "no lengthscale, as its contrasts are Triton's", reason)
 
 
+@torch.no_grad()
 def _product(lengthscale, contrasts, precision):
     rows = contrasts.flatten(0, 1)
     product = lengthscale.product(rows, precision) if isinstance(lengthscale, PCA) else lengthscale.product(rows)

@@ -46,11 +46,11 @@ class Median:
         dims = {"particle": (0,) if self.owner == "second" else (1,), "sample": (0, 1), "batch": (0, 1, 2)}
         h = median(d, dims[self.over])
         h = h.square() if self.squared else h
-        return h / self.log_count(d) + FLOOR
+        return h / self.log_count(d.shape[1]) + FLOOR
 
-    def log_count(self, d: Tensor) -> float:
-        """log M for d [Mi, Mj, G]."""
-        return math.log(max(d.shape[1], 2 - self.add_one) + self.add_one)
+    def log_count(self, repelling: int) -> float:
+        """log M of so many particles that repel."""
+        return math.log(max(repelling, 2 - self.add_one) + self.add_one)
 
 
 class Rule:

@@ -332,7 +332,7 @@ def _diagnose(particles: Tensor, result: Repulsion, dead: Tensor, method: Method
     exact, h = result.distances.double(), result.bandwidth.double()
     kernel = torch.exp(-exact / (h[:, None] if first else h))
     if bandwidth == "median" or bandwidth == Median():  # h is the median over a constant
-        middle = (h - FLOOR).mean() * Median().log_count(exact)
+        middle = (h - FLOOR).mean() * Median().log_count(exact.shape[1])
     else:
         middle = median(exact, (0,)).mean()
     return {

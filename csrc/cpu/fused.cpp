@@ -52,30 +52,32 @@ void in_two_passes(const Rows& rows, const Tensor& more, bool normalize, double 
   auto* distances = to.distances.mutable_data_ptr<T>();
   auto rule = make_rule<T>(to.distances, alignment, log_count, to.coefficients, to.bandwidth, projection);
   const Norms norms(rows, 1, normalize, eps);
-  std::vector<std::vector<double>> norm(rows.groups);
+  std::vector<double> norm(rows.groups * rows.moving);
   std::vector<char> far(rows.groups);
   const int64_t pairs = rows.moving * rows.moving;
   in_lanes(rows.groups, false, [&](int64_t first, int64_t count) {
+    Measured found;
     for (int64_t g = first; g < first + count; ++g) {
-      Measured found = measure(rows, norms, g);
+      found.measure(rows, norms, g);
       store_pairs(rows, g, found.sums.data(), found.lengths, distances, alignment.mutable_data_ptr<T>());
-      norm[g] = std::move(found.lengths.norm);
+      std::copy(found.lengths.norm.begin(), found.lengths.norm.end(), &norm[g * rows.moving]);
       far[g] = found.far;
       for (int64_t p = 0; more.defined() && p < pairs; ++p) distances[p * rows.groups + g] += more.const_data_ptr<T>()[p * rows.groups + g];
     }
     rule.kernels(first, count);
   });
   *to.value.mutable_data_ptr<T>() = T(rule.value());
-  const Tensor c = to.coefficients.view({-1, rows.groups});
-  const std::vector<double> none(rows.moving);
+  const T *c = to.coefficients.const_data_ptr<T>(), *t = normalize ? projection.const_data_ptr<T>() : nullptr;
   const bool past_caches = int64_t(to.gradient.nbytes()) > kCached;
   in_lanes(rows.groups, true, [&](int64_t first, int64_t count) {
     rule.coefficients(first, count);
+    Rows::Pointers pointers;
+    Weights weights(rows.moving);
     for (int64_t g = first + count - 1; g >= first; --g) {
-      Rows::Pointers pointers;
-      const Sample sample = rows.sample(g, norm[g].data(), pointers);
-      combine_rows(rows.kernels, sample, rows.columns, far[g], nullptr, of_sample(c, g), normalize ? of_sample(projection, g) : none,
-                   Rows::rows_of(to.gradient, g).data(), past_caches);
+      const Sample sample = rows.sample(g, &norm[g * rows.moving], pointers);
+      take_sample(c, pairs, rows.groups, g, weights.c);
+      if (t) take_sample(t, rows.moving, rows.groups, g, weights.t);
+      weights.combine_rows(rows, sample, far[g], nullptr, Rows::point_at(to.gradient, g, pointers.out), past_caches);
     }
   });
 }
@@ -89,22 +91,24 @@ Whole by_factor(const Rows& rows, const Tensor& factor, double tail, bool normal
   const int64_t pairs = rows.moving * rows.moving;
   Tensor z = work.narrow(0, 0, rows.moving - 1);
   const Norms norms(rows, 1, normalize, eps);
-  std::vector<std::vector<double>> norm(rows.groups);
+  std::vector<double> norm(rows.groups * rows.moving);
   std::vector<char> far(rows.groups);
   std::atomic<bool> finite = true;
   in_lanes(rows.groups, false, [&](int64_t first, int64_t count) {
+    Measured found;
+    auto& pointers = found.pointers;
+    auto& lengths = found.lengths;
     for (int64_t g = first; g < first + count; ++g) {
-      Rows::Pointers pointers;
       if (tail) {
-        Measured found = measure(rows, norms, g);
-        store_pairs(rows, g, found.sums.data(), found.lengths, raw.mutable_data_ptr<T>(), alignment.mutable_data_ptr<T>(), tail);
-        norm[g] = std::move(found.lengths.norm);
+        found.measure(rows, norms, g);
+        store_pairs(rows, g, found.sums.data(), lengths, raw.mutable_data_ptr<T>(), alignment.mutable_data_ptr<T>(), tail);
         far[g] = found.far;
       } else {
-        norm[g] = norms.of(g).norm;
+        norms.find(g, pointers, lengths);
       }
-      if (!all_finite(norm[g])) finite = false;
-      rows.kernels.contrasts(rows.sample(g, norm[g].data(), pointers), 0, rows.columns, Rows::rows_of(z, g).data());
+      if (!all_finite(lengths.norm)) finite = false;
+      std::copy(lengths.norm.begin(), lengths.norm.end(), &norm[g * rows.moving]);
+      rows.kernels.contrasts(rows.sample(g, lengths.norm.data(), pointers), 0, rows.columns, Rows::point_at(z, g, pointers.out));
     }
   });
   const Tensor x = coordinates(rows.particles, std::nullopt, at::mm(z.view({-1, rows.columns}), factor).view({rows.moving - 1, rows.groups, -1}));
@@ -119,17 +123,19 @@ Whole by_factor(const Rows& rows, const Tensor& factor, double tail, bool normal
   whole.gradient = narrow ? at::empty(rows.particles.sizes(), rows.particles.options()) : work;
   const T *c = whole.coefficients.template const_data_ptr<T>(), *a = tail ? alignment.const_data_ptr<T>() : nullptr;
   in_lanes(rows.groups, true, [&](int64_t first, int64_t count) {
+    Rows::Pointers pointers;
+    Weights weights(rows.moving);
     for (int64_t g = first + count - 1; g >= first; --g) {
-      Rows::Pointers pointers;
-      const Sample sample = rows.sample(g, norm[g].data(), pointers);
-      const auto mixed = Rows::rows_of(static_cast<const Tensor&>(work), g);
-      std::vector<double> t(rows.moving), weights(tail ? pairs : 0);
-      for (int64_t p = 0; p < int64_t(weights.size()); ++p) {
-        weights[p] = tail * c[p * rows.groups + g];
-        if (normalize) t[p / rows.moving] += double(c[p * rows.groups + g]) * a[p * rows.groups + g];
+      const Sample sample = rows.sample(g, &norm[g * rows.moving], pointers);
+      const auto* mixed = Rows::point_at(work, g, pointers.mixed);
+      if (tail) take_sample(c, pairs, rows.groups, g, weights.c);
+      std::fill(weights.t.begin(), weights.t.end(), 0.0);
+      for (int64_t p = 0; p < int64_t(weights.c.size()); ++p) {
+        if (normalize) weights.t[p / rows.moving] += weights.c[p] * a[p * rows.groups + g];
+        weights.c[p] *= tail;
       }
-      if (normalize) rows.kernels.along(sample, 0, rows.columns, mixed.data(), nullptr, t.data());
-      combine_rows(rows.kernels, sample, rows.columns, far[g], mixed.data(), weights, t, Rows::rows_of(whole.gradient, g).data(), false);
+      if (normalize) rows.kernels.along(sample, 0, rows.columns, mixed, nullptr, weights.t.data());
+      weights.combine_rows(rows, sample, far[g], mixed, Rows::point_at(whole.gradient, g, pointers.out), false);
     }
   });
   return whole;

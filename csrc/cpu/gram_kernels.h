@@ -116,17 +116,19 @@ inline void mix_tile(const void* const* p, int64_t rows, const void* const* mixe
 template <class T, class In>
 void mix(const Sample& sample, int64_t begin, int64_t end, const void* const* mixed, const double* weights, void* const* out, bool past_caches) {
   const int64_t rows = sample.rows, whole = begin + (end - begin) / kWidth<T> * kWidth<T>;
-  Vector<T>* results = scratch<T>(kGroup * kColumns / kWidth<T>);
-  std::vector<T> w(weights, weights + rows * rows), by(rows);
+  constexpr int64_t kResults = kGroup * kColumns / kWidth<T>;
+  Vector<T>* results = scratch<T>(kResults + rows * (rows + 1) / kWidth<T> + 1);
+  T *w = reinterpret_cast<T*>(results + kResults), *by = w + rows * rows;
+  std::copy(weights, weights + rows * rows, w);
   for (int64_t n = 0; n < rows; ++n) by[n] = T(1 / sample.norm[n]);
   for (int64_t at = begin; at < whole; at += kColumns) {
     const int64_t stop = std::min(at + kColumns, whole);
-    mix_tile<T, In>(sample.values, rows, mixed, by.data(), w.data(), at, stop, results, out, at, stop - at, past_caches);
+    mix_tile<T, In>(sample.values, rows, mixed, by, w, at, stop, results, out, at, stop - at, past_caches);
   }
   if (whole < end) {
     const Ends<T, In> p(sample.values, rows, whole, end);
     const Ends<T, T> m(mixed, mixed ? rows : 0, whole, end);
-    mix_tile<T, In>(p.rows.data(), rows, mixed ? m.rows.data() : nullptr, by.data(), w.data(), 0, kWidth<T>, results, out, whole, end - whole, false);
+    mix_tile<T, In>(p.rows.data(), rows, mixed ? m.rows.data() : nullptr, by, w, 0, kWidth<T>, results, out, whole, end - whole, false);
   }
   if (past_caches) finish_stores();
 }

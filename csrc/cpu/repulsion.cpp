@@ -18,8 +18,9 @@ Tensor contrasts(const Tensor& particles, const OptionalTensor& others, bool nor
   const Norms norms(rows, splits, normalize, eps);
   rows.each(splits, [&](int64_t g, int64_t, int64_t begin, int64_t end) {
     Rows::Pointers pointers;
-    const auto norm = norms.of(g).norm;
-    rows.kernels.contrasts(rows.sample(g, norm.data(), pointers), begin, end, Rows::rows_of(z, g).data());
+    Lengths own;
+    norms.find(g, pointers, own);
+    rows.kernels.contrasts(rows.sample(g, own.norm.data(), pointers), begin, end, Rows::point_at(z, g, pointers.out));
   });
   return z;
 }
@@ -40,7 +41,8 @@ std::tuple<Tensor, Tensor, Tensor> pair_distances(const Tensor& particles, const
     };
     rows.each(splits, [&](int64_t g, int64_t split, int64_t begin, int64_t end) {
       Rows::Pointers pointers;
-      const auto own = norms.of(g);
+      Lengths own;
+      norms.find(g, pointers, own);
       std::vector<double> whole(splits == 1 ? sums : 0);
       double* sum = splits == 1 ? whole.data() : &partial[(g * splits + split) * sums];
       add_pairs(rows, rows.sample(g, own.norm.data(), pointers), begin, end, sum);
@@ -49,7 +51,10 @@ std::tuple<Tensor, Tensor, Tensor> pair_distances(const Tensor& particles, const
     for (int64_t g = 0; splits > 1 && g < rows.groups; ++g) {
       double* sum = &partial[g * splits * sums];
       for (int64_t at = sums; at < splits * sums; ++at) sum[at % sums] += sum[at];
-      store(g, sum, norms.of(g));
+      Rows::Pointers pointers;
+      Lengths own;
+      norms.find(g, pointers, own);
+      store(g, sum, own);
     }
   });
   return {distances, alignment, norm};
@@ -69,7 +74,7 @@ Tensor combine(const Tensor& particles, const OptionalTensor& others, const Opti
     Rows::Pointers pointers;
     const auto r = of_sample(norms, g), c_g = of_sample(c, g), t_g = of_sample(t, g);
     rows.kernels.combine(rows.sample(g, r.data(), pointers), begin, end, nullptr, c_g.data(), t_g.data(),
-                         Rows::rows_of(gradient, g).data(), past_caches);
+                         Rows::point_at(gradient, g, pointers.out), past_caches);
   });
   return gradient;
 }
@@ -85,8 +90,10 @@ Tensor coordinates(const Tensor& particles, const OptionalTensor& others, const 
     const scalar_t scale = scalar_t(1 / (std::sqrt(double(rows.rows)) - 1));
     at::parallel_for(0, rows.groups, 1, [&](int64_t from, int64_t to) {
       for (int64_t g = from; g < to; ++g) {
-        const auto from = Rows::rows_of(dense, g);
-        const auto to = Rows::rows_of(x, g);
+        Rows::Pointers pointers;
+        rows.sample(g, nullptr, pointers);
+        const auto* from = Rows::point_at(dense, g, pointers.mixed);
+        const auto* to = Rows::point_at(x, g, pointers.out);
         auto* __restrict__ first = static_cast<scalar_t*>(to[0]);
         std::fill_n(first, size, scalar_t(0));
         for (int64_t n = 1; n < rows.rows; ++n) {
@@ -95,8 +102,6 @@ Tensor coordinates(const Tensor& particles, const OptionalTensor& others, const 
           for (int64_t k = 0; k < size; ++k) first[k] += row[k];
         }
         for (int64_t k = 0; k < size; ++k) first[k] *= scale;
-        Rows::Pointers pointers;
-        rows.sample(g, nullptr, pointers);
         for (int64_t n = 1; n < rows.rows; ++n)
           for (int64_t m = 0; m < n; ++m)
             if (std::memcmp(pointers.values[n], pointers.values[m], bytes) == 0) {
@@ -124,12 +129,14 @@ Tensor project(const Tensor& particles, const Tensor& mixed, const OptionalTenso
   std::vector<double> partial(rows.groups * splits * rows.moving);
   const auto work = [&](int64_t g, int64_t begin, int64_t end, double* measure, const double* t) {
     Rows::Pointers pointers;
-    const auto norm = norms.of(g).norm, c_g = of_sample(c, g);
-    const auto in = Rows::rows_of(dense, g);
+    Lengths own;
+    norms.find(g, pointers, own);
+    const auto c_g = of_sample(c, g);
+    const auto* in = Rows::point_at(dense, g, pointers.mixed);
     const double* weights = coefficients ? c_g.data() : nullptr;
-    const Sample sample = rows.sample(g, norm.data(), pointers);
-    if (measure && normalize) rows.kernels.along(sample, begin, end, in.data(), weights, measure);
-    if (t) rows.kernels.combine(sample, begin, end, in.data(), weights, t, Rows::rows_of(gradient, g).data(), past_caches);
+    const Sample sample = rows.sample(g, own.norm.data(), pointers);
+    if (measure && normalize) rows.kernels.along(sample, begin, end, in, weights, measure);
+    if (t) rows.kernels.combine(sample, begin, end, in, weights, t, Rows::point_at(gradient, g, pointers.out), past_caches);
   };
   rows.each(splits, [&](int64_t g, int64_t split, int64_t begin, int64_t end) {
     double* t = &partial[(g * splits + split) * rows.moving];

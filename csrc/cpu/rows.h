@@ -8,6 +8,7 @@
 #include <cmath>
 #include <optional>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "../repulsion.h"
@@ -69,35 +70,27 @@ struct Rows {
 
   at::TensorOptions options() const { return particles.options().dtype(type); }  // of results in the computing type
 
-  // The rows of a sample that a `Sample` points to.
+  // The rows of a sample. Kept from one to the next: memory for so few numbers costs as much as what is done with them.
   struct Pointers {
-    std::vector<const void*> values, product;
+    std::vector<const void*> values, product, mixed;
+    std::vector<void*> out;
   };
 
   Sample sample(int64_t g, const double* norm, Pointers& to) const {
-    to.values.resize(rows);
-    for (int64_t n = 0; n < rows; ++n) {
-      const Tensor& source = n < moving ? particles : others;
-      const int64_t row = n < moving ? n : n - moving;
-      to.values[n] = static_cast<const char*>(source.const_data_ptr()) + (row * source.stride(0) + g * source.stride(1)) * source.element_size();
-    }
-    if (product.defined()) to.product = rows_of(product, g);
+    point_at(particles, g, to.values);
+    if (others.defined()) point_at(others, g, to.values, moving);
+    if (product.defined()) point_at(product, g, to.product);
     return {rows, moving, to.values.data(), product.defined() ? to.product.data() : nullptr, norm};
   }
 
-  // Pointers to the rows of sample g of a contiguous tensor [., G, D].
-  static std::vector<const void*> rows_of(const Tensor& x, int64_t g) {
-    std::vector<const void*> to(x.size(0));
-    for (int64_t n = 0; n < x.size(0); ++n)
-      to[n] = static_cast<const char*>(x.const_data_ptr()) + (n * x.size(1) + g) * x.size(2) * x.element_size();
-    return to;
-  }
-
-  static std::vector<void*> rows_of(Tensor& x, int64_t g) {
-    const auto to = rows_of(static_cast<const Tensor&>(x), g);
-    std::vector<void*> out(to.size());
-    std::transform(to.begin(), to.end(), out.begin(), [](const void* row) { return const_cast<void*>(row); });
-    return out;
+  // Pointers to the rows of sample g of a tensor [., G, D], after the first so many.
+  template <class Pointer>
+  static Pointer* point_at(const Tensor& x, int64_t g, std::vector<Pointer>& to, int64_t after = 0) {
+    const auto* row = static_cast<const char*>(x.const_data_ptr()) + g * x.stride(1) * x.element_size();
+    const int64_t step = x.stride(0) * x.element_size();
+    to.resize(after + x.size(0));
+    for (auto at = to.begin() + after; at < to.end(); ++at, row += step) *at = const_cast<char*>(row);
+    return to.data();
   }
 
   // Few samples are split into ranges of columns, so that all threads have work; a range is whole tiles.
@@ -126,8 +119,14 @@ struct Rows {
 struct Lengths {
   std::vector<double> norm, square;
 
-  explicit Lengths(int64_t rows) : norm(rows, 1.0), square(rows) {}
-  Lengths(std::vector<double> squares, double eps, at::ScalarType type) : norm(squares.size()), square(std::move(squares)) {
+  void of_ones(int64_t rows) {
+    norm.assign(rows, 1.0);
+    square.assign(rows, 0.0);
+  }
+
+  // `square` has |p|^2 of the rows.
+  void of_squares(double eps, at::ScalarType type) {
+    norm.resize(square.size());
     for (size_t n = 0; n < norm.size(); ++n) {
       const double exact = std::sqrt(square[n] + eps);
       norm[n] = type == at::kDouble ? exact : double(float(exact));
@@ -152,23 +151,26 @@ struct Norms {
       rows.kernels.squares(rows.sample(g, nullptr, pointers), begin, end, &partial[(g * splits + split) * rows.rows]);
     });
     for (int64_t g = 0; g < rows.groups; ++g) {
-      std::vector<double> squares(rows.rows);
+      Lengths own;
+      own.square.assign(rows.rows, 0.0);
       for (int64_t split = 0; split < splits; ++split)
-        for (int64_t n = 0; n < rows.rows; ++n) squares[n] += partial[(g * splits + split) * rows.rows + n];
-      known.emplace_back(std::move(squares), eps, rows.type);
+        for (int64_t n = 0; n < rows.rows; ++n) own.square[n] += partial[(g * splits + split) * rows.rows + n];
+      own.of_squares(eps, rows.type);
+      known.push_back(std::move(own));
     }
   }
 
-  Lengths of(int64_t g) const {
-    if (!known.empty()) return known[g];
-    std::vector<double> squares(rows.rows);
-    if (!normalize) return given(squares);
-    Rows::Pointers pointers;
-    rows.kernels.squares(rows.sample(g, nullptr, pointers), 0, rows.columns, squares.data());
-    return given(std::move(squares));
+  void find(int64_t g, Rows::Pointers& pointers, Lengths& to) const {
+    if (!known.empty()) {
+      to = known[g];
+    } else if (!normalize) {
+      to.of_ones(rows.rows);
+    } else {
+      to.square.assign(rows.rows, 0.0);
+      rows.kernels.squares(rows.sample(g, nullptr, pointers), 0, rows.columns, to.square.data());
+      to.of_squares(eps, rows.type);
+    }
   }
-
-  Lengths given(std::vector<double> squares) const { return normalize ? Lengths(std::move(squares), eps, rows.type) : Lengths(rows.rows); }
 };
 
 inline bool all_finite(const std::vector<double>& norm) {
@@ -184,59 +186,76 @@ inline void add_pairs(const Rows& rows, const Sample& sample, int64_t begin, int
 // precise and half the operations: the squares of two rows, added, are at most kFar times that of their difference.
 constexpr double kFar = 4;
 
+// What is known of a sample, and the memory for it: as with the pointers, kept from one to the next.
 struct Measured {
+  Rows::Pointers pointers;
   Lengths lengths;
   std::vector<double> sums;  // of the pairs, and of the growth behind them, as add_pairs has them
   bool far = false;
-};
 
-inline Measured measure(const Rows& rows, const Norms& norms, int64_t g) {
-  const int64_t count = rows.moving;
-  Measured found = {Lengths(count), std::vector<double>(count * count + count)};
-  Rows::Pointers pointers;
-  if (!rows.product.defined()) {
-    std::vector<double> products(count * count), squares(count);
-    rows.kernels.gram(rows.sample(g, nullptr, pointers), 0, rows.columns, products.data());
-    for (int64_t n = 0; n < count; ++n) squares[n] = products[n * count + n];
-    found.lengths = norms.given(squares);
-    const auto& norm = found.lengths.norm;
+  void measure(const Rows& rows, const Norms& norms, int64_t g) {
+    const int64_t count = rows.moving;
+    far = !rows.product.defined() && measure_by_products(rows, norms, g);
+    if (far) return;
+    if (rows.product.defined()) norms.find(g, pointers, lengths);
+    sums.assign(count * count + count, 0.0);
+    add_pairs(rows, rows.sample(g, lengths.norm.data(), pointers), 0, rows.columns, sums.data());
+  }
+
+ private:
+  // Whether all rows are far apart. If they are not, the lengths are right, the sums are not.
+  bool measure_by_products(const Rows& rows, const Norms& norms, int64_t g) {
+    const int64_t count = rows.moving;
+    sums.assign(count * count, 0.0);
+    rows.kernels.gram(rows.sample(g, nullptr, pointers), 0, rows.columns, sums.data());
+    lengths.square.resize(count);
+    for (int64_t n = 0; n < count; ++n) lengths.square[n] = std::exchange(sums[n * count + n], 0.0);
+    squares = lengths.square;
+    norms.normalize ? lengths.of_squares(norms.eps, rows.type) : lengths.of_ones(count);
+    const auto& norm = lengths.norm;
     for (int64_t n = 0; n < count; ++n) squares[n] /= norm[n] * norm[n];
-    found.far = true;
+    bool all = true;
     for (int64_t i = 0; i < count; ++i)
       for (int64_t j = i + 1; j < count; ++j) {
-        const double both = squares[i] + squares[j], distance = both - 2 * products[i * count + j] / (norm[i] * norm[j]);
-        found.sums[i * count + j] = distance;
-        found.far = found.far && kFar * distance >= both;  // not with NaN
+        double& sum = sums[i * count + j];
+        const double both = squares[i] + squares[j];
+        sum = both - 2 * sum / (norm[i] * norm[j]);
+        all = all && kFar * sum >= both;  // not with NaN
       }
-    if (found.far) return found;
-    std::fill(found.sums.begin(), found.sums.end(), 0.0);
-  } else {
-    found.lengths = norms.of(g);
+    return all;
   }
-  add_pairs(rows, rows.sample(g, found.lengths.norm.data(), pointers), 0, rows.columns, found.sums.data());
-  return found;
-}
 
-// The weights of the rows as they are in what `combine` sums of them, w [M, M] of Kernels::mix.
-inline std::vector<double> mixing_weights(const std::vector<double>& c, const std::vector<double>& t, const std::vector<double>& norm) {
-  const int64_t count = norm.size();
-  std::vector<double> w(count * count), by(count);
-  for (int64_t i = 0; i < count; ++i) by[i] = 1 / norm[i];
-  for (int64_t i = 0; i < count; ++i) {
-    double own = -t[i];
-    for (int64_t j = 0; j < count; ++j) own += c[i * count + j], w[i * count + j] = -c[i * count + j] * by[i] * by[j];
-    w[i * count + i] += own * by[i] * by[i];
+  std::vector<double> squares;
+};
+
+// Where gradients come from: as `combine` and `mix` of Kernels have it, c and t of one sample.
+struct Weights {
+  std::vector<double> c, t;  // [M, M], or empty for none, and [M]
+
+  explicit Weights(int64_t members) : t(members) {}
+
+  // out = mixed and c and t combined, for all columns, by the way that is right.
+  void combine_rows(const Rows& rows, const Sample& sample, bool far, const void* const* mixed, void* const* out, bool past_caches) {
+    if (!far) return rows.kernels.combine(sample, 0, rows.columns, mixed, c.empty() ? nullptr : c.data(), t.data(), out, past_caches);
+    of_rows_as_they_are(sample.norm);
+    rows.kernels.mix(sample, 0, rows.columns, mixed, w.data(), out, past_caches);
   }
-  return w;
-}
 
-// The gradient's rows of one sample: what Kernels::combine has of mixed, c (empty for none) and t, by the way that is right.
-inline void combine_rows(const Kernels& kernels, const Sample& sample, int64_t columns, bool far, const void* const* mixed,
-                         const std::vector<double>& c, const std::vector<double>& t, void* const* out, bool past_caches) {
-  if (!far) return kernels.combine(sample, 0, columns, mixed, c.empty() ? nullptr : c.data(), t.data(), out, past_caches);
-  const std::vector<double> norm(sample.norm, sample.norm + sample.rows);
-  kernels.mix(sample, 0, columns, mixed, mixing_weights(c, t, norm).data(), out, past_caches);
-}
+ private:
+  std::vector<double> w, by;
+
+  void of_rows_as_they_are(const double* norm) {
+    const int64_t count = t.size();
+    w.assign(count * count, 0.0);
+    by.resize(count);
+    for (int64_t i = 0; i < count; ++i) by[i] = 1 / norm[i];
+    for (int64_t i = 0; i < count; ++i) {
+      double own = -t[i];
+      for (int64_t j = 0; j < count; ++j) own += c[i * count + j], w[i * count + j] = -c[i * count + j] * by[i] * by[j];
+      w[i * count + i] += own * by[i] * by[i];
+    }
+  }
+};
 
 // `weight` times the sums of sample g by add_pairs ->  distances and alignment [Mi, Mj, G]. With C symmetric,
 // (q_i - q_j) s_i = (d_ij + s_i^T C s_i - s_j^T C s_j) / 2: one sum for each row rather than for each pair.
@@ -258,15 +277,15 @@ constexpr int64_t kCached = 1 << 22;  // bytes of a result that may still be in 
 
 // x [R, G] -> [R] of sample g, in double
 template <class T>
-std::vector<double> of_sample(const T* x, int64_t rows, int64_t groups, int64_t g) {
-  std::vector<double> out(rows);
-  for (int64_t n = 0; n < rows; ++n) out[n] = x[n * groups + g];
-  return out;
+void take_sample(const T* x, int64_t rows, int64_t groups, int64_t g, std::vector<double>& to) {
+  to.resize(rows);
+  for (int64_t n = 0; n < rows; ++n) to[n] = x[n * groups + g];
 }
 
 inline std::vector<double> of_sample(const Tensor& x, int64_t g) {
-  return x.scalar_type() == at::kDouble ? of_sample(x.const_data_ptr<double>(), x.size(0), x.size(1), g)
-                                        : of_sample(x.const_data_ptr<float>(), x.size(0), x.size(1), g);
+  std::vector<double> to;
+  AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "of_sample", [&] { take_sample(x.const_data_ptr<scalar_t>(), x.size(0), x.size(1), g, to); });
+  return to;
 }
 
 inline void check(const Tensor& x, at::ScalarType type, at::IntArrayRef shape, const char* name) {

@@ -52,7 +52,7 @@ class MedianRule {
   MedianRule(void (*exponentials)(double*, int64_t), int64_t moving, int64_t repelling, int64_t groups, double log_count, const T* distances, const T* alignment,
              T* coefficients, T* bandwidth, T* projection)
       : exponentials_(exponentials), moving_(moving), repelling_(repelling), groups_(groups), log_count_(log_count), d_(distances), alignment_(alignment),
-        c_(coefficients), h_(bandwidth), projection_(projection), sums_(groups * moving), exact_h_(repelling * groups),
+        c_(coefficients), h_(bandwidth), projection_(projection), sums_(groups * moving), reciprocal_h_(repelling * groups),
         kernel_(new double[moving * repelling * groups]), rows_(moving) {}
 
   // Bandwidths and kernel values of the samples g .. g + count, at most kLanes. All lanes are worked on, so that the
@@ -74,10 +74,11 @@ class MedianRule {
       }
       medians(columns, moving_, middle);
       for (int64_t lane = 0; lane < kLanes; ++lane) own[lane] = middle[lane] / log_count_ + 1e-12;
-      std::copy_n(own, count, &exact_h_[j * groups_ + g]);
       std::copy_n(own, count, h_ + j * groups_ + g);
+      for (int64_t lane = 0; lane < kLanes; ++lane) own[lane] = 1 / own[lane];
+      std::copy_n(own, count, &reciprocal_h_[j * groups_ + g]);
       for (int64_t i = 0; i < moving_; ++i)
-        for (int64_t lane = 0; lane < kLanes; ++lane) values[i * kLanes + lane] /= -own[lane];
+        for (int64_t lane = 0; lane < kLanes; ++lane) values[i * kLanes + lane] *= -own[lane];
       exponentials_(values.data(), moving_ * kLanes);
       for (int64_t i = 0; i < moving_; ++i) {
         std::copy_n(&values[i * kLanes], count, &kernel_[at(i, j, g)]);
@@ -98,22 +99,28 @@ class MedianRule {
 
   // Coefficients and projection of the samples g .. g + count; after the value.
   void coefficients(int64_t g, int64_t count) {
+    count == kLanes ? coefficients_of(g, std::integral_constant<int64_t, kLanes>()) : coefficients_of(g, count);
+  }
+
+ private:
+  // A count that is known beforehand makes vectors of the loops.
+  template <class Count>
+  void coefficients_of(int64_t g, Count count) {
     for (int64_t i = 0; i < moving_; ++i) {
       const double scale = -2.0 / groups_ / rows_[i];
       double aligned[kLanes] = {};
       for (int64_t j = 0; j < repelling_; ++j) {
         const int64_t from = at(i, j, g);
-        const double *kernel = &kernel_[from], *own = &exact_h_[j * groups_ + g];
+        const double *kernel = &kernel_[from], *reciprocal = &reciprocal_h_[j * groups_ + g];
         T c[kLanes];
-        for (int64_t lane = 0; lane < count; ++lane) c[lane] = d_[from + lane] == 0 ? T(0) : T(scale * kernel[lane] / own[lane]);
+        for (int64_t lane = 0; lane < count; ++lane) c[lane] = d_[from + lane] == 0 ? T(0) : T(scale * kernel[lane] * reciprocal[lane]);
         for (int64_t lane = 0; alignment_ && lane < count; ++lane) aligned[lane] += double(c[lane]) * double(alignment_[from + lane]);
-        std::copy_n(c, count, c_ + from);
+        std::copy_n(c, int64_t(count), c_ + from);
       }
       for (int64_t lane = 0; lane < count; ++lane) projection_[i * groups_ + g + lane] = T(aligned[lane]);
     }
   }
 
- private:
   int64_t at(int64_t i, int64_t j, int64_t g) const { return (i * repelling_ + j) * groups_ + g; }
 
   void (*const exponentials_)(double*, int64_t);  // of repulsion.h
@@ -121,7 +128,7 @@ class MedianRule {
   const double log_count_;
   const T *d_, *alignment_;
   T *c_, *h_, *projection_;
-  std::vector<double> sums_, exact_h_;  // [Mi, G], [Mj, G]
+  std::vector<double> sums_, reciprocal_h_;  // [Mi, G], [Mj, G]
   std::unique_ptr<double[]> kernel_;    // [Mi, Mj, G]
   std::vector<double> rows_;            // [Mi]
   std::atomic<bool> finite_ = true;

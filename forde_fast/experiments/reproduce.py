@@ -23,7 +23,7 @@ from forde_fast.experiments.tables import Table
 from forde_fast.files import make_folder, write
 from forde_fast.run import Run, find_device
 from forde_fast.scoring import diversity, flat
-from forde_fast.validation import expect
+from forde_fast.validation import expect, refuse
 
 TUNING_SEED = 1000  # the first of the seeds that tune: none of those that are reported
 DECAY, ALPHA = 5e-4, 0.4  # the published weight decay; the published alpha on CIFAR-100
@@ -107,7 +107,7 @@ class Reproduction:
                 same = name in GROWS or own == held.get(name)
                 expect(same, name, f"{held.get(name)} as the table in {folder} has it", own)
         elif self.folder.is_dir() and any(self.folder.iterdir()):
-            expect(False, "out", "a new folder, or one with a table", folder, FileExistsError)
+            refuse("out", "a new folder, or one with a table", folder, FileExistsError)
         make_folder(self.folder)
         self.settings = settings
         self._validation: dict[int, Corrupted] = {}
