@@ -75,10 +75,9 @@ class MedianRule {
       medians(columns, moving_, middle);
       for (int64_t lane = 0; lane < kLanes; ++lane) own[lane] = middle[lane] / log_count_ + 1e-12;
       std::copy_n(own, count, h_ + j * groups_ + g);
-      for (int64_t lane = 0; lane < kLanes; ++lane) own[lane] = 1 / own[lane];
-      std::copy_n(own, count, &reciprocal_h_[j * groups_ + g]);
+      for (int64_t lane = 0; lane < count; ++lane) reciprocal_h_[j * groups_ + g + lane] = 1 / own[lane];
       for (int64_t i = 0; i < moving_; ++i)
-        for (int64_t lane = 0; lane < kLanes; ++lane) values[i * kLanes + lane] *= -own[lane];
+        for (int64_t lane = 0; lane < kLanes; ++lane) values[i * kLanes + lane] /= -own[lane];
       exponentials_(values.data(), moving_ * kLanes);
       for (int64_t i = 0; i < moving_; ++i) {
         std::copy_n(&values[i * kLanes], count, &kernel_[at(i, j, g)]);
