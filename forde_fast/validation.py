@@ -20,7 +20,7 @@ def expect(holds: bool, name: str, expected: str, got, error: type[Exception] = 
 
 
 def refuse(name: str, expected: str, got, error: type[Exception] = ValueError) -> NoReturn:
-    """Raise what `expect` would; for what is checked at every call, where composing a message costs more than the check."""
+    """Raise what `expect` would: for checks at every call, where composing a message costs more than the check."""
     expected, got = (text if len(text) <= LONGEST else text[:LONGEST] + "..." for text in (expected, str(got)))
     raise error(_shown(f"{name}: expected {expected}, got {got}"))
 
