@@ -3,21 +3,41 @@
 
 constexpr int64_t kGroup = 5;        // rows that are held in vectors together
 constexpr int64_t kColumns = 256;    // of all rows, worked on at a time
+constexpr int64_t kInPlace = 12;     // so many rows at the most are read where they are
 
-// The last columns of rows, fewer than a vector's, with zeros behind them.
+// Columns of rows next to one another, with zeros up to a whole vector. For the last columns; and for all where rows are
+// many: a whole number of pages apart, as they often are, they all want the same few lines of the first level of cache.
 template <class T, class X>
-struct Ends {
-  std::vector<X> memory;
+struct Copied {
+  static constexpr int64_t kStride = kColumns + 64 / sizeof(X);
+
+  X* memory;
   std::vector<const void*> rows;
 
-  Ends(const void* const* from, int64_t count, int64_t begin, int64_t end) : memory(count * kWidth<T>), rows(count) {
-    for (int64_t n = 0; n < count; ++n) {
+  static int64_t vectors(int64_t count) { return (count * kStride * sizeof(X) + kBytes - 1) / kBytes; }
+  Copied(int64_t count, Vector<T>* memory) : memory(reinterpret_cast<X*>(memory)), rows(count) {
+    for (int64_t n = 0; n < count; ++n) rows[n] = this->memory + n * kStride;
+  }
+
+  const void* const* load(const void* const* from, int64_t begin, int64_t end) {
+    for (size_t n = 0; n < rows.size(); ++n) {
       const X* row = static_cast<const X*>(from[n]);
-      std::copy(row + begin, row + end, &memory[n * kWidth<T>]);
-      rows[n] = &memory[n * kWidth<T>];
+      X* to = std::copy(row + begin, row + end, memory + n * kStride);
+      std::fill_n(to, -(end - begin) & (kWidth<T> - 1), X{});
+      for (int64_t k = 0; k < end - begin; k += 64 / sizeof(X)) __builtin_prefetch(row + end + k, 0, 2);
     }
+    return rows.data();
   }
 };
+
+// f(begin, end, in place) for the columns begin .. end of a sample, tile by tile; the last ones are no whole vectors.
+template <class T, class F>
+inline void in_tiles(int64_t rows, int64_t begin, int64_t end, const F& f) {
+  const bool few = rows <= kInPlace;
+  const int64_t whole = few ? begin + (end - begin) / kWidth<T> * kWidth<T> : begin;
+  for (int64_t at = begin; at < whole; at += kColumns) f(at, std::min(at + kColumns, whole), true);
+  for (int64_t at = whole; at < end; at += kColumns) f(at, std::min(at + kColumns, end), false);
+}
 
 template <class T, class X>
 inline Vector<T> at_column(const void* row, int64_t k) {
@@ -58,17 +78,19 @@ inline void gram_tile(const void* const* p, int64_t rows, int64_t begin, int64_t
 
 template <class T, class In>
 void gram(const Sample& sample, int64_t begin, int64_t end, double* out) {
-  const int64_t rows = sample.rows, count = rows * rows, whole = begin + (end - begin) / kWidth<T> * kWidth<T>;
-  Vector<T>* totals = scratch<T>(count);
+  const int64_t rows = sample.rows, count = rows * rows;
+  Vector<T>* totals = scratch<T>(count + Copied<T, In>::vectors(rows));
+  Copied<T, In> copied(rows, totals + count);
   std::fill(totals, totals + count, Vector<T>{});
   const auto empty = [&] {
     for (int64_t n = 0; n < count; ++n) out[n] += sum<T>(totals[n]), totals[n] = Vector<T>{};
   };
-  for (int64_t run = begin; run < whole; run += kRun, empty())
-    for (int64_t at = run; at < std::min(run + kRun, whole); at += kColumns)
-      gram_tile<T, In>(sample.values, rows, at, std::min(at + kColumns, whole), totals);
-  if (whole == end) return;
-  gram_tile<T, In>(Ends<T, In>(sample.values, rows, whole, end).rows.data(), rows, 0, kWidth<T>, totals);
+  int64_t full = begin + kRun;
+  in_tiles<T>(rows, begin, end, [&](int64_t at, int64_t stop, bool in_place) {
+    if (at >= full) empty(), full += kRun;
+    in_place ? gram_tile<T, In>(sample.values, rows, at, stop, totals)
+             : gram_tile<T, In>(copied.load(sample.values, at, stop), rows, 0, stop - at, totals);
+  });
   empty();
 }
 
@@ -96,10 +118,10 @@ inline void mix_block(const void* const* p, int64_t rows, const void* const* mix
     for (int64_t u = 0; u < kMany; ++u) to[a * (kColumns / W) + u] = sums[a][u];
 }
 
-// Columns begin .. end of the results, which are stored `count` numbers of each row from column `first` on.
+// Columns begin .. end of the results, which are stored from column `first` on.
 template <class T, class In>
 inline void mix_tile(const void* const* p, int64_t rows, const void* const* mixed, const T* by, const T* w, int64_t begin, int64_t end,
-                     Vector<T>* results, void* const* out, int64_t first, int64_t count, bool past_caches) {
+                     Vector<T>* results, void* const* out, int64_t first, bool past_caches) {
   in_blocks<kGroup>(0, rows, [&](auto size, int64_t i) {
     constexpr int64_t W = kWidth<T>, kMany = 2 * kGroup / size;
     const auto block = [&](auto many, int64_t k) {
@@ -109,26 +131,24 @@ inline void mix_tile(const void* const* p, int64_t rows, const void* const* mixe
     for (; k + kMany * W <= end; k += kMany * W) block(std::integral_constant<int64_t, kMany>(), k);
     for (; k < end; k += W) block(std::integral_constant<int64_t, 1>(), k);
     for (int64_t a = 0; a < size; ++a)
-      store<T>(past_caches, results + a * (kColumns / kWidth<T>), count, static_cast<In*>(out[i + a]) + first);
+      store<T>(past_caches, results + a * (kColumns / kWidth<T>), end - begin, static_cast<In*>(out[i + a]) + first);
   });
 }
 
 template <class T, class In>
 void mix(const Sample& sample, int64_t begin, int64_t end, const void* const* mixed, const double* weights, void* const* out, bool past_caches) {
-  const int64_t rows = sample.rows, whole = begin + (end - begin) / kWidth<T> * kWidth<T>;
   constexpr int64_t kResults = kGroup * kColumns / kWidth<T>;
-  Vector<T>* results = scratch<T>(kResults + rows * (rows + 1) / kWidth<T> + 1);
-  T *w = reinterpret_cast<T*>(results + kResults), *by = w + rows * rows;
+  const int64_t rows = sample.rows, copies = Copied<T, In>::vectors(rows), others = mixed ? Copied<T, T>::vectors(rows) : 0;
+  Vector<T>* results = scratch<T>(kResults + copies + others + rows * (rows + 1) / kWidth<T> + 1);
+  Copied<T, In> p(rows, results + kResults);
+  Copied<T, T> m(mixed ? rows : 0, results + kResults + copies);
+  T *w = reinterpret_cast<T*>(results + kResults + copies + others), *by = w + rows * rows;
   std::copy(weights, weights + rows * rows, w);
   for (int64_t n = 0; n < rows; ++n) by[n] = T(1 / sample.norm[n]);
-  for (int64_t at = begin; at < whole; at += kColumns) {
-    const int64_t stop = std::min(at + kColumns, whole);
-    mix_tile<T, In>(sample.values, rows, mixed, by, w, at, stop, results, out, at, stop - at, past_caches);
-  }
-  if (whole < end) {
-    const Ends<T, In> p(sample.values, rows, whole, end);
-    const Ends<T, T> m(mixed, mixed ? rows : 0, whole, end);
-    mix_tile<T, In>(p.rows.data(), rows, mixed ? m.rows.data() : nullptr, by, w, 0, kWidth<T>, results, out, whole, end - whole, false);
-  }
+  in_tiles<T>(rows, begin, end, [&](int64_t at, int64_t stop, bool in_place) {
+    if (in_place) return mix_tile<T, In>(sample.values, rows, mixed, by, w, at, stop, results, out, at, past_caches);
+    const auto *own = p.load(sample.values, at, stop), *more = mixed ? m.load(mixed, at, stop) : nullptr;
+    mix_tile<T, In>(own, rows, more, by, w, 0, stop - at, results, out, at, past_caches);
+  });
   if (past_caches) finish_stores();
 }
