@@ -169,7 +169,7 @@ def combine(state, c: Tensor) -> Tensor:
 
     c [M, N, G] -> [M, G, D] in the particles' dtype.
     """
-    if isinstance(state, ByProduct | ByFactors):
+    if isinstance(state, (ByProduct, ByFactors)):
         return _combine(state, c)
     from forde_fast import reference
 
@@ -212,7 +212,8 @@ def _combine(state, c: Tensor, projection: Tensor | None = None) -> Tensor:
 
 
 def _fused(name, operations, particles, lengthscale, normalize, eps, precision):
-    dtype, product, particles = particles.dtype, None, particles.detach()
+    dtype, product = particles.dtype, None
+    particles = particles.detach() if particles.requires_grad else particles
     log_count = DEFAULT.log_count(len(particles))
     weighed = len(particles) > 1 and not _is_identity(lengthscale)
     if weighed or name != "cpp":  # which widens what it reads by itself, but no contrasts
@@ -293,8 +294,7 @@ def _choose(backend: str, particles, others, lengthscale, normalize, eps, precis
 
         return backend, reference
     interpreted = backend == "triton" and particles.is_cpu and operators.TRITON_INTERPRETS
-    fits = interpreted or particles.device.type == ("cpu" if backend == "cpp" else "cuda")
-    if not fits:
+    if not (interpreted or (particles.is_cpu if backend == "cpp" else particles.is_cuda)):
         where = f"the particles are on {particles.device}"
         refuse("backend", f"one for these particles, not {backend!r}", where, RuntimeError)
     if interpreted:  # the same kernels, run by Triton's interpreter on CPU tensors
@@ -325,7 +325,7 @@ def _product(lengthscale, contrasts, precision):
 
 
 def _is_default(bandwidth) -> bool:
-    return isinstance(bandwidth, str | Median) and bandwidth in ("median", DEFAULT)
+    return isinstance(bandwidth, (str, Median)) and bandwidth in ("median", DEFAULT)
 
 
 def _is_identity(lengthscale) -> bool:

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from forde_fast.validation import expect, positive
+from forde_fast.validation import expect, positive, refuse
 
 FLOOR = 1e-12  # added to every median bandwidth, so that identical particles divide by something
 
@@ -86,10 +86,11 @@ def bandwidth_of(d: Tensor, bandwidth: "str | Median | float | Tensor") -> Tenso
 
 def check_bandwidth(bandwidth, repelling: Tensor | None = None) -> None:
     """TypeError or ValueError for what is no bandwidth, or none for the particles [Mj, G, D] that repel."""
-    if isinstance(bandwidth, Median | Rule):
+    if isinstance(bandwidth, (Median, Rule)):
         return
     if isinstance(bandwidth, str):
-        expect(bandwidth == "median", "bandwidth", "'median', a Median, a number or a tensor", repr(bandwidth))
+        if bandwidth != "median":
+            refuse("bandwidth", "'median', a Median, a number or a tensor", repr(bandwidth))
     elif isinstance(bandwidth, Tensor):
         expect(bandwidth.is_floating_point(), "bandwidth", "a floating tensor", bandwidth.dtype, TypeError)
         expect(bandwidth.is_cuda or bool((bandwidth > 0).all()), "bandwidth", "values > 0", bandwidth.min())

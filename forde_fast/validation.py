@@ -89,13 +89,15 @@ def finite(tensor: Tensor, name: str) -> None:
 
 def lengthscale(value) -> None:
     """None or a lengthscale: an object with `coordinates` and `product`."""
-    good = value is None or (hasattr(value, "coordinates") and hasattr(value, "product"))
-    expected = "None or a lengthscale such as Identity() or PCA.fit(images)"
-    expect(good, "lengthscale", expected, type(value).__name__, TypeError)
+    if not (value is None or (hasattr(value, "coordinates") and hasattr(value, "product"))):
+        expected = "None or a lengthscale such as Identity() or PCA.fit(images)"
+        refuse("lengthscale", expected, type(value).__name__, TypeError)
 
 
 def positive(value: float, name: str, allow_zero: bool = False) -> None:
-    number = isinstance(value, float | numbers.Real) and not isinstance(value, bool)  # float first: it is far quicker
+    number = isinstance(value, (float, numbers.Real)) and not isinstance(
+        value, bool
+    )  # float first: quicker
     good = number and (value >= 0 if allow_zero else value > 0) and value < float("inf")
     if not good:
         refuse(name, "a finite number " + (">= 0" if allow_zero else "> 0"), repr(value))

@@ -176,6 +176,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> fused(const Tensor& particles, const 
   }
   Whole whole(rows, at::empty(particles.sizes(), particles.options()));
   AT_DISPATCH_FLOATING_TYPES(rows.type, "fused", [&] { in_two_passes<scalar_t>(rows, Tensor(), normalize, eps, log_count, whole); });
+  if (rows.type == type) return {whole.value, whole.gradient, whole.bandwidth, whole.distances};
   return {whole.value.to(type), whole.gradient, whole.bandwidth.to(type), whole.distances.to(type)};
 }
 

@@ -1,7 +1,8 @@
 // The kernels for samples whose rows are far apart and whose C is the identity: products of the rows as they are in
 // memory. Half the operations that differences take, and no copy: most are done while the rows arrive.
 
-constexpr int64_t kGroup = 5;        // rows that are held in vectors together
+// Blocks of sums that fill 16 registers along with what they share: kRows rows with kOthers others, kGroup rows of results.
+constexpr int64_t kRows = 4, kOthers = 3, kGroup = 5;
 constexpr int64_t kColumns = 256;    // of all rows, worked on at a time
 constexpr int64_t kInPlace = 12;     // so many rows at the most are read where they are
 
@@ -68,9 +69,9 @@ inline void gram_block(const void* const* p, const void* const* other, int64_t b
 
 template <class T, class In>
 inline void gram_tile(const void* const* p, int64_t rows, int64_t begin, int64_t end, Vector<T>* totals) {
-  in_blocks<kGroup>(0, rows, [&](auto size, int64_t i) {
+  in_blocks<kRows>(0, rows, [&](auto size, int64_t i) {
     gram_block<T, In, size, size, true>(p + i, p + i, begin, end, totals + i * rows + i, rows);
-    in_blocks<2>(i + size, rows, [&](auto others, int64_t j) {
+    in_blocks<kOthers>(i + size, rows, [&](auto others, int64_t j) {
       gram_block<T, In, size, others, false>(p + i, p + j, begin, end, totals + i * rows + j, rows);
     });
   });
@@ -94,7 +95,7 @@ void gram(const Sample& sample, int64_t begin, int64_t end, double* out) {
   empty();
 }
 
-// The sums of kSize rows of the result from column k on, kMany vectors of each.
+// The sums of kSize rows of the result from column k on, kMany vectors of each; w [rows, kSize].
 template <class T, class In, int64_t kSize, int64_t kMany>
 inline void mix_block(const void* const* p, int64_t rows, const void* const* mixed, const T* by, const T* w, int64_t k, Vector<T>* to) {
   using V = Vector<T>;
@@ -102,16 +103,20 @@ inline void mix_block(const void* const* p, int64_t rows, const void* const* mix
   V sums[kSize][kMany] = {};
   for (int64_t a = 0; mixed && a < kSize; ++a)
     for (int64_t u = 0; u < kMany; ++u) sums[a][u] = by[a] * at_column<T, T>(mixed[a], k + u * W);
-#pragma GCC unroll 5
-  for (int64_t j = 0; j < rows; ++j) {
-    V row[kMany];
+  const auto add = [&](auto count) {  // the next `count` rows
+    for (int64_t j = 0; j < count; ++j) {
+      V row[kMany];
 #pragma GCC unroll 16
-    for (int64_t u = 0; u < kMany; ++u) row[u] = at_column<T, In>(p[j], k + u * W);
+      for (int64_t u = 0; u < kMany; ++u) row[u] = at_column<T, In>(p[j], k + u * W);
 #pragma GCC unroll 16
-    for (int64_t a = 0; a < kSize; ++a)
+      for (int64_t a = 0; a < kSize; ++a)
 #pragma GCC unroll 16
-      for (int64_t u = 0; u < kMany; ++u) sums[a][u] += w[a * rows + j] * row[u];
-  }
+        for (int64_t u = 0; u < kMany; ++u) sums[a][u] += w[j * kSize + a] * row[u];
+    }
+    p += count, w += count * kSize;
+  };
+  for (; rows >= kGroup; rows -= kGroup) add(std::integral_constant<int64_t, kGroup>());
+  for (; rows > 0; --rows) add(std::integral_constant<int64_t, 1>());
 #pragma GCC unroll 16
   for (int64_t a = 0; a < kSize; ++a)
 #pragma GCC unroll 16
@@ -143,7 +148,10 @@ void mix(const Sample& sample, int64_t begin, int64_t end, const void* const* mi
   Copied<T, In> p(rows, results + kResults);
   Copied<T, T> m(mixed ? rows : 0, results + kResults + copies);
   T *w = reinterpret_cast<T*>(results + kResults + copies + others), *by = w + rows * rows;
-  std::copy(weights, weights + rows * rows, w);
+  in_blocks<kGroup>(0, rows, [&](auto size, int64_t i) {  // the weights of a block next to one another
+    for (int64_t a = 0; a < size; ++a)
+      for (int64_t j = 0; j < rows; ++j) w[i * rows + j * size + a] = T(weights[(i + a) * rows + j]);
+  });
   for (int64_t n = 0; n < rows; ++n) by[n] = T(1 / sample.norm[n]);
   in_tiles<T>(rows, begin, end, [&](int64_t at, int64_t stop, bool in_place) {
     if (in_place) return mix_tile<T, In>(sample.values, rows, mixed, by, w, at, stop, results, out, at, past_caches);
