@@ -28,7 +28,7 @@ AXES = {"M": "M, members", "B": "B, samples of a batch", "D": "D, inputs"}
 
 def newest(rows: list[dict], device: str) -> dict[tuple, dict]:
     """(M, B, D, lengthscale) -> provider -> its newest row: float32, cold cache, on the hardware that ran last, and
-    for each case of the commit that ran last, so that what stands side by side was measured together."""
+    for each case of the run that was last, so that what stands side by side was measured together."""
     rows = [row for row in rows if row["device"] == device and row["dtype"] == "float32" and row["cache"] != "warm"]
     hardware = "gpu" if device == "cuda" else "cpu"
     cases: dict[tuple, dict] = {}
@@ -36,7 +36,8 @@ def newest(rows: list[dict], device: str) -> dict[tuple, dict]:
         if row[hardware] == rows[-1][hardware]:
             case = (*(int(row[size]) for size in "MBD"), row["lengthscale"])
             found = cases.setdefault(case, {})
-            if any(other["commit"] != row["commit"] for other in found.values()):
+            run = row["commit"], row["floor_ms"]  # a run has one floor
+            if any((other["commit"], other["floor_ms"]) != run for other in found.values()):
                 found.clear()
             found[row["provider"]] = row
     return cases
