@@ -95,9 +95,8 @@ def lengthscale(value) -> None:
 
 
 def positive(value: float, name: str, allow_zero: bool = False) -> None:
-    number = isinstance(value, (float, numbers.Real)) and not isinstance(
-        value, bool
-    )  # float first: quicker
+    # a float is known at once, other numbers by asking their classes
+    number = isinstance(value, (float, numbers.Real)) and not isinstance(value, bool)
     good = number and (value >= 0 if allow_zero else value > 0) and value < float("inf")
     if not good:
         refuse(name, "a finite number " + (">= 0" if allow_zero else "> 0"), repr(value))

@@ -21,8 +21,8 @@ def curves(panels: Mapping[str, Mapping[str, tuple]], path: str | Path, xlabel: 
             style = {"color": f"C{number % 10}", "linestyle": STYLES[number // 10 % len(STYLES)], "linewidth": 1.3}
             marker = "o" if len(x) < 15 else None
             bars = error[0] if error and np.isfinite(error[0]).all() else None
-            if bars is not None:  # side by side: such x are whole numbers
-                x = np.asarray(x) + 0.06 * (number - (len(order) - 1) / 2)
+            if bars is not None and len(x) > 1:  # side by side
+                x = np.asarray(x) + 0.06 * np.diff(x).min() * (number - (len(order) - 1) / 2)
             style |= {"marker": marker, "markersize": 3, "capsize": 2, "elinewidth": 0.8}
             handles[label] = axes.errorbar(x, y, bars, **style)
         values = np.concatenate([np.asarray(line[1], dtype=float) for line in lines.values()])

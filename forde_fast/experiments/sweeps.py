@@ -12,7 +12,7 @@ from forde_fast.evaluation import score, score_corrupted
 from forde_fast.evaluation.corrupted import mean_scores
 from forde_fast.experiments import figures
 from forde_fast.experiments.lab import Lab, Trained, shown
-from forde_fast.experiments.summary import markdown_table
+from forde_fast.experiments.summary import interval, markdown_table
 from forde_fast.lengthscales import PCA, Cosine, Identity
 from forde_fast.methods import Method
 from forde_fast.spaces import InputGradients
@@ -44,6 +44,14 @@ def _table(first: str, rows: dict[str, list[dict[str, float]]]) -> str:
     return markdown_table([first, *COLUMNS], lines)
 
 
+def _add(panels: dict, columns: tuple[str, ...], label: str, x: float, runs: list[dict[str, float]]) -> None:
+    """A point, with its interval, to the line `label` of each column's panel."""
+    for column in columns:
+        line = panels.setdefault(column, {}).setdefault(label, ([], [], []))
+        for to, number in zip(line, (x, *interval([run[column] for run in runs])), strict=True):
+            to.append(number)
+
+
 def lengthscale(lab: Lab) -> str:
     """FoRDE-Tuned over alpha in both forms of the blend, and over repulsion_weight at alpha 0, 0.4 and 1."""
     scale, weight = PCA.fit(lab.x), lab.setting.repulsion_weight
@@ -62,10 +70,7 @@ def lengthscale(lab: Lab) -> str:
     for form in ("arithmetic", "harmonic"):
         for alpha in ALPHAS:
             runs = rows[f"alpha {alpha:g}, {form}"] = scored(alpha, form, weight)
-            for column in COLUMNS:
-                line = lines.setdefault(column, {}).setdefault(form, ([], []))
-                line[0].append(alpha)
-                line[1].append(statistics.fmean(run[column] for run in runs))
+            _add(lines, COLUMNS, form, alpha, runs)
     figures.curves(lines, lab.out / "alpha.png", "alpha")
     strengths = {
         f"alpha {alpha:g}, w {factor * weight:g}": scored(alpha, "arithmetic", factor * weight)
@@ -82,10 +87,7 @@ def size(lab: Lab) -> str:
         for name in ("de", "forde-pca"):
             title = f"{name}, {members} members"
             rows[title] = [scores(lab, lab.train(name, seed, members=members, title=title)) for seed in lab.seeds]
-            for column in COLUMNS[:4]:
-                line = lines.setdefault(column, {}).setdefault(name, ([], []))
-                line[0].append(members)
-                line[1].append(statistics.fmean(run[column] for run in rows[title]))
+            _add(lines, COLUMNS[:4], name, members, rows[title])
     figures.curves(lines, lab.out / "size.png", "members", SIZES)
     return f"{_table('ensemble', rows)}\n\n![size](size.png)"
 
