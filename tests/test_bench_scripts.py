@@ -56,3 +56,16 @@ def test_what_is_no_checkout_is_one_line(script, tmp_path, monkeypatch, capsys, 
     with pytest.raises(SystemExit, match="2"):
         official.main()
     assert f"checkout: expected one of AaltoPML/FoRDE, got {tmp_path}, without {lacking}" in capsys.readouterr().err
+
+
+def test_what_stands_side_by_side_is_of_one_run(script):
+    def rows(commit, floor_ms, **providers):
+        case = {"M": "10", "B": "128", "D": "3072", "lengthscale": "identity", "device": "cpu", "dtype": "float32"}
+        shared = case | {"cache": "", "cpu": "one", "commit": commit, "floor_ms": floor_ms}
+        return [shared | {"provider": name, "ms": ms} for name, ms in providers.items()]
+
+    report = script("report")
+    runs = rows("a", "1.0", reference="9", cpp="2") + rows("a", "1.5", compiled="5", cpp="3")
+    ((case, found),) = report.newest(runs, "cpu").items()
+    assert case == (10, 128, 3072, "identity")
+    assert {name: row["ms"] for name, row in found.items()} == {"compiled": "5", "cpp": "3"}
