@@ -12,16 +12,17 @@ template <class T, class X>
 struct Copied {
   static constexpr int64_t kStride = kColumns + 64 / sizeof(X);
 
+  const int64_t count;
   X* memory;
-  std::vector<const void*> rows;
+  std::vector<const void*> rows;  // none before something is copied, which few rows seldom need
 
   static int64_t vectors(int64_t count) { return (count * kStride * sizeof(X) + kBytes - 1) / kBytes; }
-  Copied(int64_t count, Vector<T>* memory) : memory(reinterpret_cast<X*>(memory)), rows(count) {
-    for (int64_t n = 0; n < count; ++n) rows[n] = this->memory + n * kStride;
-  }
+  Copied(int64_t count, Vector<T>* memory) : count(count), memory(reinterpret_cast<X*>(memory)) {}
 
   const void* const* load(const void* const* from, int64_t begin, int64_t end) {
-    for (size_t n = 0; n < rows.size(); ++n) {
+    rows.resize(count);
+    for (int64_t n = 0; n < count; ++n) {
+      rows[n] = memory + n * kStride;
       const X* row = static_cast<const X*>(from[n]);
       X* to = std::copy(row + begin, row + end, memory + n * kStride);
       std::fill_n(to, -(end - begin) & (kWidth<T> - 1), X{});
