@@ -59,6 +59,12 @@ library.define(
     "fused_by_factor(Tensor particles, Tensor factor, float tail, bool normalize, float eps, float log_count)"
     " -> (Tensor value, Tensor gradient, Tensor bandwidth, Tensor distances)"
 )
+# Optional: the same of normalised particles in float32, M at most 10 and D a multiple of 4; unit times the factor is F
+# rounded to float16, in tiles [D / 8, K / 8, 8, 8] with zeros up to a multiple of 128 rows and to K = 128 or 256.
+library.define(
+    "fused_low_rank(Tensor particles, Tensor factor, float unit, float tail, float eps, float log_count)"
+    " -> (Tensor value, Tensor gradient, Tensor bandwidth, Tensor distances)"
+)
 # SGD's update in one pass, on the CPU: step.descend_ says what of.
 library.define(
     "descend_(Tensor(a!) parameters, Tensor(b!) velocity, Tensor g, float rate, float momentum, float weight_decay,"
@@ -116,6 +122,7 @@ def _(distances, alignment, log_count):
 @torch.library.register_fake("forde_fast::at_once")
 @torch.library.register_fake("forde_fast::at_once_low_rank")
 @torch.library.register_fake("forde_fast::fused_by_factor")
+@torch.library.register_fake("forde_fast::fused_low_rank")
 def _(particles, *_):
     members, groups = particles.shape[:2]
     wide = functools.partial(particles.new_empty, dtype=accumulation_dtype(particles.dtype))

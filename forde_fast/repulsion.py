@@ -24,6 +24,7 @@ EXACT_COLUMNS = 256
 DEFAULT = Median()
 
 FUSED_MEMBERS = 16  # the most that the CUDA C++ kernel takes
+LOW_RANK_MEMBERS, LOW_RANK, LOW_RANK_SHARED = 10, 256, 232_448  # of csrc/cuda/low_rank.h: M, K, bytes
 
 
 class ByProduct(NamedTuple):
@@ -218,12 +219,33 @@ def _fused(name, operations, particles, lengthscale, normalize, eps, precision):
     weighed = len(particles) > 1 and not _is_identity(lengthscale)
     if weighed or name != "cpp":  # which widens what it reads by itself, but no contrasts
         particles = particles.to(_computed(particles))
+    if name == "cuda" and (factor := _half_factor(particles, lengthscale, normalize, precision)):
+        return _narrowed(operations.fused_low_rank(particles, *factor, eps, log_count), dtype)
     if weighed:
         factors = _factors(lengthscale, particles) if name == "cpp" else None
         if factors is not None:
             return _narrowed(operations.fused_by_factor(particles, *factors, normalize, eps, log_count), dtype)
         product = _product(lengthscale, operations.contrasts(particles, None, normalize, eps), precision)
     return _narrowed(operations.fused(particles, product, normalize, eps, log_count), dtype)
+
+
+def _half_factor(particles, lengthscale, normalize, precision):
+    """(F in tiles of float16, its unit, the tail) for fused_low_rank, or None for what it does not do."""
+    members, _, size = particles.shape
+    fits = 2 <= members <= LOW_RANK_MEMBERS and size % 4 == 0 and particles.dtype == torch.float32
+    if not (fits and normalize and precision == "tf32" and isinstance(lengthscale, PCA) and _has_room(particles)):
+        return None
+    factors = lengthscale.factors(torch.float32, particles.device)
+    if factors is None or factors[0].shape[1] > LOW_RANK:
+        return None
+    return *lengthscale.in_tiles(particles.device), factors[1]
+
+
+def _has_room(particles: Tensor) -> bool:
+    """Whether a block of fused_low_rank fits a multiprocessor."""
+    if not particles.is_cuda:
+        return True
+    return torch.cuda.get_device_properties(particles.device).shared_memory_per_block_optin >= LOW_RANK_SHARED
 
 
 def _narrowed(results, dtype: torch.dtype) -> Repulsion:

@@ -1,32 +1,11 @@
 // fused_kernel.h on a GPU: one cooperative launch.
 #include "fused_launch.h"
 
-#include <cooperative_groups.h>
-#include <cuda_pipeline_primitives.h>
-
+#include "device_block.h"
 #include "fused_kernel.h"
 
 namespace forde_fast {
 namespace {
-
-struct DeviceBlock {
-  __device__ int thread() const { return threadIdx.x; }
-  __device__ int index() const { return blockIdx.x; }
-  __device__ int blocks() const { return gridDim.x; }
-  __device__ void sync() const { __syncthreads(); }
-  __device__ void sync_grid() const { cooperative_groups::this_grid().sync(); }
-  // Loads stay behind this: the compiler would take all coefficients of a loop into registers that are not there.
-  __device__ void reload() const { asm volatile("" ::: "memory"); }
-  __device__ void copy_16_bytes(void* shared, const void* global) const { __pipeline_memcpy_async(shared, global, 16); }
-  __device__ void wait_for_copies() const {
-    __pipeline_commit();
-    __pipeline_wait_prior(0);
-  }
-  template <class T>
-  __device__ T shuffle(T x, int mask) const {
-    return __shfl_xor_sync(0xffffffffu, x, mask);
-  }
-};
 
 template <class In, int kRows, bool kProduct>
 __global__ void __launch_bounds__(fused_threads(kRows), 1) fused(const Fused f, const Plan p) {

@@ -11,17 +11,8 @@
 #include <cmath>
 #include <cstring>
 
+#include "block_steps.h"
 #include "fused.h"
-
-#if defined(__CUDACC__)
-#define FORDE_INLINE __device__ __forceinline__
-#define FORDE_UNROLL _Pragma("unroll")
-#define FORDE_ROLLED _Pragma("unroll 1")  // what is unrolled inside fills the registers
-#else
-#define FORDE_INLINE inline
-#define FORDE_UNROLL
-#define FORDE_ROLLED
-#endif
 
 namespace forde_fast {
 
@@ -45,9 +36,6 @@ FORDE_INLINE void narrow(float x, bfloat16* y) {  // round to nearest even; NaN 
   memcpy(&bits, &x, 4);
   y->bits = x != x ? 0x7fc0 : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
-
-FORDE_INLINE float multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
-FORDE_INLINE double multiply_add(double a, double b, double c) { return fma(a, b, c); }
 
 template <class T>
 struct Coefficients {  // of one pair
@@ -127,7 +115,8 @@ struct FusedKernel {
           block.copy_16_bytes(rows_at(range, k) + m * kThreads, from + k);
       else
         FORDE_ROLLED for (int k = block.thread(); k < range.count; k += kThreads) rows_at(range, k)[m * kThreads] = from[k];
-    block.wait_for_copies();
+    block.commit_copies();
+    block.template wait_for_copies<0>();
     block.sync();
   }
 
@@ -138,40 +127,7 @@ struct FusedKernel {
         const T p = s(rows_at(range, k), m, T(1));
         x[m] = multiply_add(p, p, x[m]);
       }
-    add_over_threads(x, small.squares);
-  }
-
-  // y[0] of lane n becomes the sum over lanes of their y[n].
-  template <int kHalf>
-  FORDE_INLINE void halve(T (&y)[32], int lane) const {
-    const bool upper = lane & kHalf;
-    FORDE_UNROLL for (int n = 0; n < kHalf; ++n) {
-      const T sent = upper ? y[n] : y[n + kHalf], kept = upper ? y[n + kHalf] : y[n];
-      y[n] = kept + block.shuffle(sent, kHalf);
-    }
-    if constexpr (kHalf > 1) halve<kHalf / 2>(y, lane);
-  }
-
-  // out[n] += the sum over the block's threads of x[n]. In a warp 32 sums are halved together, so that each costs one
-  // shuffle; every sum is over the same tree, and equal rows have equal sums.
-  template <int kCount>
-  FORDE_INLINE void add_over_threads(const T (&x)[kCount], double* out) const {
-    constexpr int kAll = (kCount + 31) / 32 * 32;
-    static_assert(kAll <= 64, "");
-    const int lane = block.thread() % 32, warp = block.thread() / 32;
-    FORDE_UNROLL for (int first = 0; first < kAll; first += 32) {
-      T y[32];
-      FORDE_UNROLL for (int n = 0; n < 32; ++n) y[n] = first + n < kCount ? x[first + n < kCount ? first + n : 0] : T(0);
-      halve<16>(y, lane);
-      small.partial[warp * kAll + first + lane] = y[0];
-    }
-    block.sync();
-    FORDE_ROLLED for (int n = block.thread(); n < kCount; n += kThreads) {
-      double total = 0;
-      for (int w = 0; w < kThreads / 32; ++w) total += small.partial[w * kAll + n];
-      out[n] += total;
-    }
-    block.sync();
+    add_over_threads<kThreads>(block, x, small.partial, small.squares);
   }
 
   // The sum of x over the blocks that share a sample, in each of them.
@@ -232,7 +188,7 @@ struct FusedKernel {
       FORDE_UNROLL for (int n = 0; n < kGrowth; ++n)
         x[kCount + n] = multiply_add(q[n + 1] - q[0], row[n + 1] + row[0], x[kCount + n]);
     }
-    add_over_threads(x, small.sums + kBase);
+    add_over_threads<kThreads>(block, x, small.partial, small.sums + kBase);
     if constexpr (kLast < kRows - 1) add_pairs<kLast>(range);
   }
 
@@ -253,23 +209,10 @@ struct FusedKernel {
       if (reports) static_cast<T*>(f.distances)[e * f.groups + sample] = d;
     }
     block.sync();
-    FORDE_ROLLED for (int e = thread; e < M * M; e += step) {  // the middle two of the column by their ranks; NaN if there is one
-      const int i = e / M, j = e % M;
-      const double own = small.d[e];
-      int rank = 0;
-      bool nan = false;
-      for (int k = 0; k < M; ++k) {
-        const double d = small.d[k * M + j];
-        nan |= d != d;
-        rank += d < own || (d == own && k < i);
-      }
-      if (nan ? i == 0 : rank == (M - 1) / 2) small.lower[j] = nan ? NAN : own;
-      if (nan ? i == 0 : rank == M / 2) small.upper[j] = nan ? NAN : own;
-    }
-    block.sync();
+    find_medians<kThreads>(block, small.d, M, small.lower, small.upper);
     FORDE_ROLLED for (int e = thread; e < M * M; e += step) {
       const int i = e / M, j = e % M;
-      const double d = small.d[e], h = (small.lower[j] + small.upper[j]) / 2 / f.log_count + 1e-12;
+      const double d = small.d[e], h = bandwidth(small.lower[j], small.upper[j], f.log_count);
       const double kernel = exp(-d / h), weight = d == 0 ? 0 : kernel / h;
       small.kernel[e] = kernel;
       small.mixed[e] = weight * (distance(i, j) + growth(i) - growth(j)) / 2;
@@ -304,28 +247,6 @@ struct FusedKernel {
     }
     add_over_splits(item, small.sums, kPairs + kRows - 1, kMostMembers);
     weigh(item);
-  }
-
-  // small.rows over all blocks, and the value.
-  FORDE_INLINE void add_over_blocks() const {
-    double* rows = f.workspace;  // [blocks, kMostMembers]
-    if (block.thread() < f.members) rows[block.index() * kMostMembers + block.thread()] = small.rows[block.thread()];
-    block.sync_grid();
-    for (int i = block.thread() / 32; i < f.members; i += kThreads / 32) {
-      double total = 0;
-      for (int b = block.thread() % 32; b < p.blocks; b += 32) total += rows[b * kMostMembers + i];
-      for (int half = 16; half > 0; half /= 2) total += block.shuffle(total, half);
-      if (block.thread() % 32 == 0) {
-        small.rows[i] = total;
-        small.scale[i] = -2 / (f.groups * total);
-      }
-    }
-    block.sync();
-    if (block.index() == 0 && block.thread() == 0) {
-      double value = 0;
-      for (int i = 0; i < f.members; ++i) value += log(small.rows[i] / f.groups) / f.groups;
-      *static_cast<T*>(f.value) = T(value);
-    }
   }
 
   FORDE_INLINE void stage_2(int item, bool loaded) const {
@@ -387,7 +308,7 @@ struct FusedKernel {
     if (block.thread() < kMostMembers) small.rows[block.thread()] = 0;
     int item = block.index();
     FORDE_ROLLED for (; item < p.items; item += block.blocks()) stage_1(item);
-    add_over_blocks();
+    add_over_blocks<kThreads, kMostMembers>(block, f.workspace, f.members, f.groups, small.rows, small.scale, static_cast<T*>(f.value));
     // Backwards: the last item of stage 1 is in the last slot still, where others have been before it.
     const int64_t last = item - block.blocks();
     FORDE_ROLLED for (item = last; item >= 0; item -= block.blocks())

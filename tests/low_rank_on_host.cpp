@@ -1,0 +1,35 @@
+// csrc/cuda/low_rank_kernel.h run on the host. The workspace starts as NaN.
+#include <cstring>
+#include <limits>
+#include <vector>
+
+#include "../csrc/cuda/low_rank_kernel.h"
+#include "host_block.h"
+
+namespace {
+
+using namespace forde_fast;
+
+template <int kRank>
+bool run(const LowRank& f, const LowRankPlan& p, bool backwards) {
+  using Block = HostBlock<kLowRankThreads>;
+  std::vector<BlockMemory<kLowRankThreads>> memory(p.blocks, BlockMemory<kLowRankThreads>(kLowRankShared));
+  Barrier grid;
+  return Fibers().run(p.blocks * kLowRankThreads, backwards, [&](int n) {
+    auto& own = memory[n / kLowRankThreads];
+    const Block block{n % kLowRankThreads, n / kLowRankThreads, p.blocks, own, grid};
+    LowRankKernel<kRank, Block>{block, f, p, reinterpret_cast<char*>(own.shared.data())}.run();
+  });
+}
+
+}  // namespace
+
+// As on a chip with so many processors. False if threads wait for each other. plan: [blocks, splits, items]
+extern "C" bool low_rank_on_host(LowRank f, int processors, bool backwards, int* chosen) {
+  const LowRankPlan p = plan(f, processors);
+  std::vector<double> workspace(p.at.size / 8, std::numeric_limits<double>::quiet_NaN());
+  f.workspace = reinterpret_cast<char*>(workspace.data());
+  const int numbers[] = {p.blocks, p.splits, p.items};
+  memcpy(chosen, numbers, sizeof numbers);
+  return f.rank == 128 ? run<128>(f, p, backwards) : run<256>(f, p, backwards);
+}
