@@ -16,8 +16,13 @@ BUILD = os.environ.get("FORDE_FAST_BUILD", "auto")
 CXX_FLAGS = ["-O3", "-g0", "-Wall", "-fvisibility=hidden"]  # Python's own flags have -g
 # fused_kernel.h says why multiplications and additions are not contracted.
 NVCC_FLAGS = ["-O3", "-fmad=false", "--expt-relaxed-constexpr", "-Werror", "all-warnings"]
-# Nothing in the kernels is particular to one chip: they are compiled once and assembled for each.
-EVERY_GPU = ["-gencode=arch=compute_80,code=[sm_80,sm_90,sm_100,compute_80]"]
+# Hopper's matrix units have instructions of their own (device_block.h), which only "90a" has.
+EVERY_GPU = [
+    "-gencode=arch=compute_80,code=sm_80",
+    "-gencode=arch=compute_80,code=compute_80",
+    "-gencode=arch=compute_90a,code=sm_90a",
+    "-gencode=arch=compute_100,code=sm_100",
+]
 
 
 def extensions():
@@ -64,10 +69,20 @@ def cuda_extension():
 
     if not (torch.version.cuda and CUDA_HOME and Path(CUDA_HOME, "bin", "nvcc").exists()):
         return []
-    chosen = torch.cuda.is_available() or os.environ.get("TORCH_CUDA_ARCH_LIST")
-    flags = {"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS + ([] if chosen else EVERY_GPU)}
+    flags = {"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS + targets(torch)}
     sources = sorted(str(path) for path in Path("csrc/cuda").iterdir() if path.suffix in (".cpp", ".cu"))
     return [CUDAExtension("forde_fast._cuda", sources, extra_compile_args=flags, optional=True)]
+
+
+def targets(torch):
+    """What nvcc compiles for; nothing where TORCH_CUDA_ARCH_LIST says it."""
+    if os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        return []
+    if not torch.cuda.is_available():
+        return EVERY_GPU
+    here = {torch.cuda.get_device_capability(n) for n in range(torch.cuda.device_count())}
+    chips = sorted(f"{major}{minor}{'a' if major == 9 else ''}" for major, minor in here)
+    return [f"-gencode=arch=compute_{chip},code=sm_{chip}" for chip in chips]
 
 
 setup(

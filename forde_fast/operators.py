@@ -59,8 +59,8 @@ library.define(
     "fused_by_factor(Tensor particles, Tensor factor, float tail, bool normalize, float eps, float log_count)"
     " -> (Tensor value, Tensor gradient, Tensor bandwidth, Tensor distances)"
 )
-# Optional: the same of normalised particles in float32, M at most 10 and D a multiple of 4; unit times the factor is F
-# rounded to float16, in tiles [D / 8, K / 8, 8, 8] with zeros up to a multiple of 128 rows and to K = 128 or 256.
+# Optional: the same of normalised particles in float32, M at most 10 and D a multiple of 4; unit times the factor is
+# F rounded to float16, in tiles [D / 8, K / 8, 8, 8] with zeros up to a multiple of 128 rows and to K = 128 or 256.
 library.define(
     "fused_low_rank(Tensor particles, Tensor factor, float unit, float tail, float eps, float log_count)"
     " -> (Tensor value, Tensor gradient, Tensor bandwidth, Tensor distances)"

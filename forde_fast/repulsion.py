@@ -116,6 +116,8 @@ def repulsion(
     """
     name, implementation = _choose(backend, particles, others, lengthscale, normalize, eps, precision)
     check_bandwidth(bandwidth, particles if others is None else others)
+    if backend == "auto" and name == "triton" and others is None and _is_default(bandwidth):
+        name = _faster(particles, lengthscale, normalize, precision)
     if name == "reference":
         _check_finite(particles, others)
         result = implementation.repulsion(particles, lengthscale, others, normalize, eps, bandwidth)
@@ -232,7 +234,7 @@ def _fused(name, operations, particles, lengthscale, normalize, eps, precision):
 def _half_factor(particles, lengthscale, normalize, precision):
     """(F in tiles of float16, its unit, the tail) for fused_low_rank, or None for what it does not do."""
     members, _, size = particles.shape
-    fits = 2 <= members <= LOW_RANK_MEMBERS and size % 4 == 0 and particles.dtype == torch.float32
+    fits = 2 <= members <= LOW_RANK_MEMBERS and size % 4 == 0 and _computed(particles) == torch.float32
     if not (fits and normalize and precision == "tf32" and isinstance(lengthscale, PCA) and _has_room(particles)):
         return None
     factors = lengthscale.factors(torch.float32, particles.device)
@@ -242,9 +244,9 @@ def _half_factor(particles, lengthscale, normalize, precision):
 
 
 def _has_room(particles: Tensor) -> bool:
-    """Whether a block of fused_low_rank fits a multiprocessor."""
+    """Whether "tf32" means something there, and a block of fused_low_rank fits a multiprocessor."""
     if not particles.is_cuda:
-        return True
+        return _rounds(particles.device)
     return torch.cuda.get_device_properties(particles.device).shared_memory_per_block_optin >= LOW_RANK_SHARED
 
 
@@ -324,6 +326,12 @@ def _choose(backend: str, particles, others, lengthscale, normalize, eps, precis
 
         return backend, operations
     return backend, torch.ops.forde_fast
+
+
+def _faster(particles, lengthscale, normalize, precision) -> str:
+    """CUDA C++ for a basis of low rank, by 20 to 36 % (bench/gpu.md); Triton for all else."""
+    usable = not operators.UNUSABLE["cuda"]
+    return "cuda" if usable and _half_factor(particles, lengthscale, normalize, precision) else "triton"
 
 
 def _check_fused(particles, lengthscale, others, bandwidth) -> None:

@@ -17,7 +17,8 @@ pytestmark = pytest.mark.skipif(not Path(NVCC).exists(), reason="needs nvcc")
 
 def setup_list(name):
     """A list of strings that setup.py assigns to a name."""
-    return re.findall(r'"([^"]*)"', re.search(rf"^{name} = (\[.*\])", (ROOT / "setup.py").read_text(), re.M)[1])
+    setup = (ROOT / "setup.py").read_text()
+    return re.findall(r'"([^"]*)"', re.search(rf"^{name} = \[(.*?)\]", setup, re.M | re.S)[1])
 
 
 def test_every_kernel_for_every_chip(tmp_path):
@@ -29,14 +30,14 @@ def test_every_kernel_for_every_chip(tmp_path):
     report = (done.stdout + done.stderr).split("Compiling entry function")[1:]
     found = Counter()
     for text in report:
-        chip, rows = re.search(r"for '(sm_\d+)'", text)[1], re.search(r"Li(\d+)ELb", text)[1]
+        chip, size = re.search(r"for '(sm_\d+)", text)[1], re.search(r"Li(\d+)E", text)[1]
         registers = int(re.search(r"Used (\d+) registers", text)[1])
         print(chip, text.split("'")[1], registers, "registers")
         assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in text, text
-        assert registers <= {"10": 168, "16": 255}[rows], text  # 384 and 256 threads share 65536
+        assert registers <= {"10": 168}.get(size, 255), text  # 384 threads share 65536, or 256
         assert "smem" not in text, text  # all of it is dynamic: the launcher's plan bounds it
         found[chip] += 1
-    assert found == dict.fromkeys(("sm_80", "sm_90", "sm_100"), 10)
+    assert found == dict.fromkeys(("sm_80", "sm_90", "sm_100"), 12)
 
 
 def test_the_binding_is_valid_cxx(tmp_path):

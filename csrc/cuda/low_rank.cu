@@ -9,9 +9,11 @@ namespace {
 
 template <int kRank>
 __global__ void __launch_bounds__(kLowRankThreads, 1) low_rank(const LowRank f, const LowRankPlan p) {
-  extern __shared__ __align__(16) char memory[];
+#if __CUDA_ARCH__ >= 900  // no chip before has the memory
+  extern __shared__ __align__(128) char memory[];
   const DeviceBlock block;
   LowRankKernel<kRank, DeviceBlock>{block, f, p, memory}.run();
+#endif
 }
 
 }  // namespace

@@ -32,8 +32,8 @@ struct LowRank {
 // Where in the workspace is what, in bytes.
 struct LowRankWorkspace {
   int64_t rows;      // double [blocks, 16]: sums of a block's kernel values
-  int64_t squares;   // float [items, kTileRows]: of rows
-  int64_t pairs;     // float [items, kGroup, 64]: distances of pairs without C
+  int64_t again;     // int: whether provisional norms were not good enough
+  int64_t pairs;     // float [items, kGroup, 64]: distances of pairs without C, and squares of rows behind them
   int64_t x;         // float [items, kTileRows, K]: contrasts times the factor
   int64_t weights;   // float [G, 10, 10]: kernel / h, 0 where d = 0
   int64_t y;         // half [groups of samples, K / 8, kTileRows, 8]: x mixed by them, in units of its row
@@ -64,7 +64,7 @@ inline LowRankPlan plan(const LowRank& f, int processors) {
   const int64_t rows = groups * kTileRows;
   const auto take = [&at](int64_t bytes) { return std::exchange(at.size, at.size + up(bytes, 256) * 256); };
   at.rows = take(int64_t(p.blocks) * 16 * 8);
-  at.squares = take(int64_t(p.items) * kTileRows * 4);
+  at.again = take(4);
   at.pairs = take(int64_t(p.items) * kGroup * 64 * 4);
   at.x = take(int64_t(p.items) * kTileRows * f.rank * 4);
   at.weights = take(rows * kLowRankMembers * 4);

@@ -1,10 +1,13 @@
 // The kernel of low_rank.h, for any Block: low_rank.cu has the one of a GPU, tests/ one for the host.
 //
-// Four stages with a barrier over the grid after each of the first three. Squares of the rows; then, with their norms,
-// the way down: contrasts in float16 times F by the matrix units, while distances without C come from differences;
-// then each sample's rule, from K columns; and the way up: what is mixed of these columns times F^T by the matrix
-// units, while the tail's part is mixed from the rows. Particles pass by three times, the first time to bring them on
-// the chip where they fit its level-2 cache.
+// Three stages with a barrier over the grid between them. The way down: contrasts in float16 times F by the matrix
+// units, while distances without C come from differences; then each sample's rule, from K columns; and the way up: what
+// is mixed of these columns times F^T by the matrix units, while the tail's part is mixed from the rows.
+//
+// Norms would take a pass over the particles of their own. The way down does with norms r' found from a few columns,
+// and sums up the squares of the rows s' = r' p: s = rho s', with rho = 1 / sqrt(|s'|^2 + eps r'^2), and so
+//     |s_i - s_j|^2 = rho_i rho_j |s'_i - s'_j|^2 + (rho_i - rho_j) (rho_i |s'_i|^2 - rho_j |s'_j|^2).
+// Where that would cost accuracy, as those columns say too little of a row, all goes down again with exact norms.
 //
 // Contrasts (Householder's, of which the first row holds the vector u that all of a sample lack) are the differences of
 // its rows: 11 bits of them are what tf32 leaves of the rows themselves, or better. Compiled without multiply-add
@@ -13,12 +16,9 @@
 
 #include "block_steps.h"
 #include "half.h"
-#include "low_rank.h"
+#include "low_rank_rule.h"
 
 namespace forde_fast {
-
-constexpr float kHalfUnit = 8192;   // of contrasts in float16: of unit vectors, they are at most 3.5 long
-constexpr float kMixedUnit = 4096;  // the most that a number of `y` can be
 
 template <int kRank, class Block>
 struct LowRankKernel {
@@ -27,7 +27,7 @@ struct LowRankKernel {
   const LowRankPlan& p;
   char* const shared;
 
-  static constexpr int kRows = kLowRankMembers, kPairs = kRows * (kRows - 1) / 2, kSquare = kRows * kRows;
+  static constexpr int kRows = kLowRankMembers, kPairs = kLowRankPairs;
   static constexpr int kThreads = kLowRankThreads;
 
   // What stays in shared memory; beside it what the stage at work needs.
@@ -43,68 +43,45 @@ struct LowRankKernel {
     static_assert(sizeof(Small) % 16 == 0 && sizeof(Small) + sizeof(T) <= kLowRankShared, "");
     return *reinterpret_cast<T*>(shared + sizeof(Small));
   }
-  template <class T>
-  FORDE_INLINE T* in_workspace(int64_t offset) const {
-    return reinterpret_cast<T*>(f.workspace + offset);
-  }
   FORDE_INLINE int warp() const { return block.thread() / 32; }
   FORDE_INLINE int lane() const { return block.thread() % 32; }
   FORDE_INLINE int quad() const { return warp() / 4; }  // of the two groups of four warps that the matrix units work for
 
-  static constexpr int pair(int i, int j) { return i * (2 * kRows - i - 1) / 2 + j - i - 1; }
-
   // The columns of an item, and its first sample.
   struct Range {
-    int64_t from;
-    int count, first;
+    int from, count, first;
   };
   FORDE_INLINE Range range(int item) const {
-    const int64_t from = int64_t(item % p.splits) * p.width;
-    const int64_t rest = f.columns - from;
-    return {from, int(rest < p.width ? rest : p.width), item / p.splits * kGroup};
+    const int from = item % p.splits * p.width, rest = int(f.columns) - from;
+    return {from, rest < p.width ? rest : p.width, item / p.splits * kGroup};
   }
 
   // A warp's sample: whether there is one, and its columns of row 0.
   FORDE_INLINE bool there(const Range& own) const { return own.first + warp() < f.groups; }
   FORDE_INLINE const float* rows_of(const Range& own) const { return f.particles + (own.first + warp()) * f.stride_g + own.from; }
 
-  // --- squares of the rows ---
-
-  FORDE_INLINE void add_squares(int item) const {
+  // r of the item's rows, from eight columns at each of 16 places or, if `exact`, from all of them.
+  FORDE_INLINE void find_norms(int item, bool exact) const {
     const Range own = range(item);
-    if (!there(own)) return;
-    const float* rows = rows_of(own) + 4 * lane();
-    float x[kRows] = {};
-    FORDE_FOUR_TIMES for (int k = 4 * lane(); k < own.count; k += 128, rows += 128) {
-      Four v[kRows];
-      FORDE_UNROLL for (int m = 0; m < kRows; ++m) v[m] = load_four(rows + (m < f.members ? m : 0) * f.stride_m);
-      FORDE_UNROLL for (int m = 0; m < kRows; ++m)
-        FORDE_UNROLL for (int n = 0; n < 4; ++n) x[m] = multiply_add(v[m].of[n], v[m].of[n], x[m]);
-    }
-    float total[1];
-    add_over_warp(block, x, total);
-    if (lane() < kRows) in_workspace<float>(p.at.squares)[item * kTileRows + warp() * kRows + lane()] = total[0];
-  }
-
-  // The sum over the splits of a group of the numbers at `from`, `step` apart.
-  FORDE_INLINE double add_splits(const float* from, int step) const {
-    double total = 0;
-    FORDE_EIGHT_TIMES for (int split = 0; split < p.splits; ++split) total += from[split * step];
-    return total;
-  }
-
-  FORDE_INLINE void find_norms(int item) const {
-    const int row = block.thread(), group = item / p.splits;
-    block.sync();
-    if (row < kTileRows) {
-      const int64_t sample = int64_t(group) * kGroup + row / kRows;
-      float r = 0;
-      if (sample < f.groups && row % kRows < f.members) {
-        const double square = f.eps + add_splits(in_workspace<float>(p.at.squares) + group * p.splits * kTileRows + row, kTileRows);
-        r = float(square < INFINITY ? 1 / sqrt(square) : NAN);  // a row that overflowed is not a row of zeros
+    float x[kRows] = {}, total[1];
+    if (there(own)) {
+      const int columns = int(f.columns), sampled = lane() / 2 * (columns / 16) / 4 * 4 + lane() % 2 * 4;
+      const int first = exact ? 4 * lane() : sampled < columns ? sampled : 0, last = exact ? columns : first + 1;
+      const float* rows = f.particles + (own.first + warp()) * f.stride_g;
+      FORDE_ROLLED for (int k = first; k < last; k += 128) {
+        Four v[kRows];
+        FORDE_UNROLL for (int m = 0; m < kRows; ++m) v[m] = load_four(rows + (m < f.members ? m : 0) * f.stride_m + k);
+        FORDE_UNROLL for (int m = 0; m < kRows; ++m)
+          FORDE_UNROLL for (int n = 0; n < 4; ++n) x[m] = multiply_add(v[m].of[n], v[m].of[n], x[m]);
       }
-      small().r[row] = r;
-      if (item % p.splits == 0) in_workspace<float>(p.at.norms)[sample * kRows + row % kRows] = r;
+    }
+    add_over_warp(block, x, total);
+    if (lane() < kRows) {
+      const bool own_row = there(own) && lane() < f.members;
+      const double square = f.eps + double(total[0]) * (exact ? 1 : f.columns / 128.0);
+      const float r = own_row ? float(square < INFINITY ? 1 / sqrt(square) : NAN) : 0;  // a row that overflowed is not one of zeros
+      small().r[warp() * kRows + lane()] = r;
+      if (item % p.splits == 0) workspace<float>(f, p.at.norms)[(own.first + warp()) * kRows + lane()] = r;
     }
     block.sync();
   }
@@ -129,7 +106,7 @@ struct LowRankKernel {
     constexpr int kAtOnce = kThreads / kColumns;  // eight rows of so many columns are as many copies
     static_assert(kThreads % kColumns == 0, "");
     const int first = block.thread() / kColumns, place = block.thread() % kColumns * 16;
-    const char* from = static_cast<const char*>(f.factor) + ((own.from + k) / 8 + first) * (kRank * 16) + column * 16 + place;
+    const char* from = static_cast<const char*>(f.factor) + ((own.from + k) / 8 + first) * int64_t(kRank * 16) + column * 16 + place;
     to += block.thread() * 16;
     FORDE_UNROLL for (int n = 0; n < kCount / 8; n += kAtOnce, from += kAtOnce * kRank * 16) block.copy_16_bytes(to + n * (kColumns * 16), from);
   }
@@ -164,22 +141,22 @@ struct LowRankKernel {
     FORDE_INLINE Operand operand(int stage) { return {reinterpret_cast<Half*>(factor[stage]), 128, kRank * 16}; }
   };
 
+  // What turn `chunk` of the way down needs: its columns of F, and the next ones of the rows.
   FORDE_INLINE void copy_down(Down& down, const Range& own, int chunk) const {
-    const int k = chunk * kDownColumns, stage = chunk % kDownStages;
-    if (k < own.count) {
-      copy_rows<kDownColumns, kDownColumns>(down.p[stage], own, k);
-      copy_factor<kDownColumns, kRank>(down.factor[stage], own, k, 0);
-    }
+    const int next = chunk + 1;
+    if (next * kDownColumns < own.count) copy_rows<kDownColumns, kDownColumns>(down.p[next % kDownStages], own, next * kDownColumns);
+    if (chunk >= 0 && chunk * kDownColumns < own.count)
+      copy_factor<kDownColumns, kRank>(down.factor[chunk % kDownStages], own, chunk * kDownColumns, 0);
     block.commit_copies();
   }
 
   // Two columns of a warp's sample for each lane: their part of the distances, and their contrasts to z.
-  FORDE_INLINE void add_pairs(const float* rows, Contrasts& z, const float (&r)[kRows], float (&sums)[kPairs]) const {
+  FORDE_INLINE void add_pairs(const float* rows, Contrasts& z, float (&sums)[kPairs + kRows]) const {
     const float* own = rows + warp() * kRows * kDownColumns + 2 * lane();
     float s[2][kRows], contrast[2][kRows];
     FORDE_UNROLL for (int m = 0; m < kRows; ++m) {
       const Two two = load_two(own + m * kDownColumns);
-      FORDE_UNROLL for (int v = 0; v < 2; ++v) s[v][m] = two.of[v] * r[m];
+      FORDE_UNROLL for (int v = 0; v < 2; ++v) s[v][m] = two.of[v] * small().r[warp() * kRows + m];
     }
     FORDE_UNROLL for (int v = 0; v < 2; ++v) {
       FORDE_UNROLL for (int i = 0; i < kRows; ++i)
@@ -187,6 +164,7 @@ struct LowRankKernel {
           const float difference = s[v][i] - s[v][j];
           sums[pair(i, j)] = multiply_add(difference, difference, sums[pair(i, j)]);
         }
+      FORDE_UNROLL for (int m = 0; m < kRows; ++m) sums[kPairs + m] = multiply_add(s[v][m], s[v][m], sums[kPairs + m]);
       contrasts(s[v], contrast[v]);
     }
     char* out = z.z + lane() / 4 * (kTileRows * 16 + 16) + lane() % 4 * 4;
@@ -201,26 +179,25 @@ struct LowRankKernel {
     block.commit_products();
   }
 
-  FORDE_INLINE void go_down(int item) const {
+  FORDE_INLINE void go_down(int item, bool exact) const {
     const Range own = range(item);
     Down& down = room<Down>();
-    find_norms(item);
+    block.sync();  // the last item's contrasts have been read
+    copy_down(down, own, -1);
     copy_down(down, own, 0);
-    copy_down(down, own, 1);
-    float r[kRows], sums[kPairs] = {}, x[kDownTiles][40] = {};
-    FORDE_UNROLL for (int m = 0; m < kRows; ++m) r[m] = small().r[warp() * kRows + m];
-    FORDE_ROLLED for (int chunk = -1; chunk * kDownColumns < own.count; ++chunk) {  // products are one behind
-      block.template wait_for_copies<0>();
-      block.sync_for_products();  // the next rows, these contrasts; and the last chunk's products have been found
-      if (chunk >= 0) {
-        multiply_down(down.operand(chunk % kDownStages), down.z[chunk % 2].operand(), x);
-        copy_down(down, own, chunk + 2);
-      }
+    find_norms(item, exact);
+    float sums[kPairs + kRows] = {}, x[kDownTiles][40] = {};
+    FORDE_ROLLED for (int chunk = -1; chunk * kDownColumns < own.count; ++chunk) {  // products are one turn behind
       const int next = chunk + 1;
-      if (next * kDownColumns < own.count) add_pairs(down.p[next % kDownStages], down.z[next % 2], r, sums);
+      block.template wait_for_copies<1>();
+      block.sync_for_products();  // what this turn needs, contrasts too; and the last turn's products have been found
+      copy_down(down, own, chunk + 2);
+      if (chunk >= 0) multiply_down(down.operand(chunk % kDownStages), down.z[chunk % 2].operand(), x);
+      if (next * kDownColumns < own.count) add_pairs(down.p[next % kDownStages], down.z[next % 2], sums);
       block.wait_for_products(x);
     }
-    float* out = in_workspace<float>(p.at.x) + int64_t(item) * kTileRows * kRank;
+    block.template wait_for_copies<0>();
+    float* out = workspace<float>(f, p.at.x) + int64_t(item) * kTileRows * kRank;
     FORDE_UNROLL for (int tile = 0; tile < kDownTiles; ++tile)
       FORDE_UNROLL for (int n = 0; n < 40; ++n) {
         const int row = n / 4 * 8 + lane() % 4 * 2 + n % 2, column = (quad() * kDownTiles + tile) * 64 + warp() % 4 * 16 + lane() / 4 + n % 4 / 2 * 8;
@@ -229,106 +206,7 @@ struct LowRankKernel {
     float totals[2];
     add_over_warp(block, sums, totals);
     FORDE_UNROLL for (int part = 0; part < 2; ++part)
-      in_workspace<float>(p.at.pairs)[(item * kGroup + warp()) * 64 + part * 32 + lane()] = totals[part];
-  }
-
-  // --- the rule ---
-
-  struct Rule {
-    double sums[64], tail[64];  // distances of pairs, with F, and growths behind them; without F
-    double d[kSquare], kernel[kSquare], mixed[kSquare], lower[kRows], upper[kRows];
-    float w[kSquare], size[kSquare], r[kRows], unit[kRows], partial[kGroup * 64];
-  };
-
-  // Column thread() of the rows of x, row 0 what the others leave; the sums of the sample.
-  FORDE_INLINE void find_sums(int sample, float (&x)[kRows]) const {
-    Rule& rule = room<Rule>();
-    const int M = f.members, thread = block.thread(), group = sample / kGroup, place = sample % kGroup;
-    float sums[kPairs + kRows - 1] = {};
-    if (thread < 64) {
-      rule.tail[thread] = add_splits(in_workspace<float>(p.at.pairs) + (group * p.splits * kGroup + place) * 64 + thread, kGroup * 64);
-      rule.sums[thread] = 0;
-      if (thread < kSquare - 64) rule.w[thread + 64] = 0;  // w of rows that are not there
-      rule.w[thread] = 0;
-    } else if (thread < 64 + kRows) {
-      rule.r[thread - 64] = in_workspace<float>(p.at.norms)[sample * kRows + thread - 64];
-    }
-    if (thread < kRank) {
-      const float* from = in_workspace<float>(p.at.x) + (int64_t(group) * p.splits * kTileRows + place * kRows) * kRank + thread;
-      FORDE_FOUR_TIMES for (int split = 0; split < p.splits; ++split, from += kTileRows * kRank)
-        FORDE_UNROLL for (int m = 0; m < kRows; ++m) x[m] += from[m * kRank];
-      const float shift = x[0];
-      float total = 0;
-      FORDE_UNROLL for (int m = 1; m < kRows; ++m) total += m < M ? x[m] : 0;
-      x[0] = total / (sqrtf(float(M)) - 1);
-      FORDE_UNROLL for (int i = 0; i < kRows; ++i)
-        FORDE_UNROLL for (int j = i + 1; j < kRows; ++j) sums[pair(i, j)] = (x[i] - x[j]) * (x[i] - x[j]);
-      FORDE_UNROLL for (int m = 1; m < kRows; ++m) sums[kPairs + m - 1] = (x[m] - x[0]) * ((x[m] + x[0]) + 2 * shift);
-    }
-    block.sync();
-    add_over_threads<kThreads>(block, sums, rule.partial, rule.sums);
-  }
-
-  // From the sums to distances, bandwidth and w = kernel / h; the rows of kernel values to small().rows.
-  FORDE_INLINE void weigh(int sample) const {
-    Rule& rule = room<Rule>();
-    const int M = f.members, thread = block.thread(), i = thread / M, j = thread % M;
-    const bool own = thread < M * M;
-    const double unit = f.unit / kHalfUnit * (f.unit / kHalfUnit);
-    const double sum = own && i != j ? rule.sums[i < j ? pair(i, j) : pair(j, i)] : 0;
-    const double tail = own && i != j ? rule.tail[i < j ? pair(i, j) : pair(j, i)] : 0;
-    if (own) {
-      const double d = tail == 0 ? 0 : unit * sum + f.tail * tail;  // equal rows have no distance
-      rule.d[thread] = float(d);
-      f.distances[thread * f.groups + sample] = float(d);
-    }
-    block.sync();
-    find_medians<kThreads>(block, rule.d, M, rule.lower, rule.upper);
-    if (own) {
-      const auto growth = [&](int n) { return n == 0 ? 0 : rule.sums[kPairs + n - 1]; };
-      const auto missing = [&](int n) { return f.eps * rule.r[n] * rule.r[n]; };  // 1 - |s_n|^2
-      const double d = rule.d[thread], h = forde_fast::bandwidth(rule.lower[j], rule.upper[j], f.log_count);
-      const double kernel = exp(-d / h), w = d == 0 ? 0 : kernel / h;
-      rule.kernel[thread] = kernel;
-      rule.mixed[thread] = w * (unit * (sum + growth(i) - growth(j)) + f.tail * (tail + missing(j) - missing(i))) / 2;
-      rule.w[i * kRows + j] = float(w);
-      rule.size[thread] = float(w) * sqrtf(float(sum));
-      in_workspace<float>(p.at.weights)[int64_t(sample) * kSquare + i * kRows + j] = float(w);
-      if (i == 0) f.bandwidth[j * f.groups + sample] = float(h);
-    }
-    block.sync();
-    if (thread < M) {
-      double kernel = 0, aligned = 0;
-      float size = 0;  // no number of y is larger
-      for (int k = 0; k < M; ++k) {
-        kernel += rule.kernel[thread * M + k];
-        aligned += rule.mixed[thread * M + k];
-        size += rule.size[thread * M + k];
-      }
-      small().rows[thread] += kernel;
-      rule.unit[thread] = size == 0 ? 1 : kMixedUnit / size;
-      in_workspace<float>(p.at.unit)[int64_t(sample) * kRows + thread] = rule.unit[thread];
-      in_workspace<float>(p.at.aligned)[int64_t(sample) * kRows + thread] = float(aligned);
-    }
-    block.sync();
-  }
-
-  FORDE_INLINE void find_rule(int sample) const {
-    const Rule& rule = room<Rule>();
-    float x[kRows] = {};
-    find_sums(sample, x);
-    weigh(sample);
-    if (block.thread() < kRank) {  // as the matrix units want them
-      const int column = block.thread(), row = sample % kGroup * kRows;
-      Half* y = in_workspace<Half>(p.at.y) + int64_t(sample / kGroup) * kTileRows * kRank + column / 8 * (kTileRows * 8) + row * 8 + column % 8;
-      FORDE_UNROLL for (int i = 0; i < kRows; ++i) {
-        float total = 0;
-        FORDE_UNROLL for (int j = 0; j < kRows; ++j)
-          if (j != i) total = multiply_add(rule.w[i * kRows + j], x[i] - x[j], total);
-        if (i < f.members) y[i * 8] = to_half(total * rule.unit[i]);
-      }
-    }
-    block.sync();
+      workspace<float>(f, p.at.pairs)[(item * kGroup + warp()) * 64 + part * 32 + lane()] = totals[part];
   }
 
   // --- up: gradient^T [D, rows] = F [D, K] y^T [K, rows], and the tail ---
@@ -347,44 +225,40 @@ struct LowRankKernel {
   FORDE_INLINE void load_mixed(int item, Up& up) const {
     const int M = f.members, row = block.thread(), i = row % kRows;
     const int64_t sample = range(item).first + row / kRows;
-    const char* y = in_workspace<char>(p.at.y) + int64_t(item / p.splits) * sizeof up.y + row * 16;
-    FORDE_UNROLL for (int n = 0; n < kTileRows * kRank / 8 / kThreads; ++n)
-      block.copy_16_bytes(up.y + row * 16 + n * (kThreads * 16), y + n * (kThreads * 16));
+    const char* y = workspace<char>(f, p.at.y) + int64_t(item / p.splits) * sizeof up.y + row * 16;
+    FORDE_UNROLL for (int n = 0; n < kTileRows * kRank / 8; n += kThreads)
+      if (n + row < kTileRows * kRank / 8) block.copy_16_bytes(up.y + (n + row) * 16, y + n * 16);
     if (row >= kTileRows) return;
     const bool own_row = i < M && sample < f.groups;
     const int64_t at = own_row ? sample * kRows + i : 0;
-    const float* w = in_workspace<float>(p.at.weights) + at * kRows;
-    const float r = own_row ? in_workspace<float>(p.at.norms)[at] : 0, scale = float(small().scale[i < M ? i : 0]) * r;
-    float own[kRows], all = 0;
-    FORDE_UNROLL for (int n = 0; n < kRows; ++n) {
-      own[n] = n < M ? w[n < M ? n : 0] : 0;
-      all += own[n];
-    }
+    const float* w = workspace<float>(f, p.at.weights) + at * kRows;
+    const float r = own_row ? workspace<float>(f, p.at.norms)[at] : 0, scale = float(small().scale[i < M ? i : 0]) * r;
+    float all = 0;
+    FORDE_ROLLED for (int n = 0; n < M; ++n) all += w[n];
     small().r[row] = r;
-    small().factor[row] = scale * float(f.unit * f.unit / kHalfUnit) / in_workspace<float>(p.at.unit)[at];
+    small().factor[row] = scale * float(f.unit * f.unit / kHalfUnit) / workspace<float>(f, p.at.unit)[at];
     float* mixing = small().mixing[row / kRows][i];
-    FORDE_UNROLL for (int n = 1; n < kRows; ++n) mixing[n] = float(f.tail) * scale * ((n == i ? all : 0) - own[n]);
-    mixing[0] = -scale * in_workspace<float>(p.at.aligned)[at];
+    FORDE_ROLLED for (int n = 1; n < kRows; ++n) mixing[n] = float(f.tail) * scale * (n < M ? (n == i ? all : 0) - w[n] : 0);
+    mixing[0] = -scale * workspace<float>(f, p.at.aligned)[at];
   }
 
   // In place of four columns of a warp's sample for each lane: the tail's part less what lies along the row.
   FORDE_INLINE void mix_rows(float* rows) const {
     float* own = rows + warp() * kRows * kUpStride + 4 * lane();
-    Four s[kRows], e[kRows];
+    Four s[kRows];  // behind row 0 differences to it
     FORDE_UNROLL for (int m = 0; m < kRows; ++m) {
       s[m] = load_four(own + m * kUpStride);
-      const float r = small().r[warp() * kRows + m];
       FORDE_UNROLL for (int v = 0; v < 4; ++v) {
-        s[m].of[v] *= r;
-        e[m].of[v] = s[m].of[v] - s[0].of[v];
+        s[m].of[v] *= small().r[warp() * kRows + m];
+        if (m > 0) s[m].of[v] -= s[0].of[v];
       }
     }
     FORDE_UNROLL for (int i = 0; i < kRows; ++i) {
       Four total, weights[3];
       FORDE_UNROLL for (int n = 0; n < 3; ++n) weights[n] = load_four(small().mixing[warp()][i] + 4 * n);
-      FORDE_UNROLL for (int v = 0; v < 4; ++v) total.of[v] = weights[0].of[0] * s[i].of[v];
+      FORDE_UNROLL for (int v = 0; v < 4; ++v) total.of[v] = weights[0].of[0] * (i > 0 ? s[i].of[v] + s[0].of[v] : s[0].of[v]);
       FORDE_UNROLL for (int n = 1; n < kRows; ++n)
-        FORDE_UNROLL for (int v = 0; v < 4; ++v) total.of[v] = multiply_add(weights[n / 4].of[n % 4], e[n].of[v], total.of[v]);
+        FORDE_UNROLL for (int v = 0; v < 4; ++v) total.of[v] = multiply_add(weights[n / 4].of[n % 4], s[n].of[v], total.of[v]);
       store_four(own + i * kUpStride, total);
     }
   }
@@ -422,13 +296,23 @@ struct LowRankKernel {
       if (m < f.members) store_four(to, load_four(rows + m * kUpStride));
   }
 
+  // The first copies need not wait for the rule, which is found where the last piece of F comes to.
+  FORDE_INLINE RuleOfSample<kRank>& room_for_rule() const {
+    static_assert(sizeof(RuleOfSample<kRank>) <= sizeof(Up::factor[0]), "");
+    return reinterpret_cast<RuleOfSample<kRank>&>(room<Up>().factor[kPieces - 1]);
+  }
+  FORDE_INLINE void start_up(int item) const {
+    if (item >= p.items) return;
+    Up& up = room<Up>();
+    copy_rows<kUpColumns, kUpStride>(up.p[0], range(item), 0);
+    copy_piece(up, range(item), 0);
+  }
+
   FORDE_INLINE void go_up(int item) const {
     const Range own = range(item);
     Up& up = room<Up>();
-    block.sync();
+    if (item >= block.blocks()) start_up(item);
     load_mixed(item, up);
-    copy_rows<kUpColumns, kUpStride>(up.p[0], own, 0);
-    copy_piece(up, own, 0);
     block.commit_copies();
     FORDE_ROLLED for (int tile = 0; tile * kUpColumns < own.count; ++tile) {
       float* rows = up.p[tile % 2];
@@ -456,13 +340,19 @@ struct LowRankKernel {
   }
 
   FORDE_INLINE void run() const {
-    if (block.thread() < kRows) small().rows[block.thread()] = 0;
-    FORDE_ROLLED for (int item = block.index(); item < p.items; item += block.blocks()) add_squares(item);
-    block.sync_grid();
-    FORDE_ROLLED for (int item = block.index(); item < p.items; item += block.blocks()) go_down(item);
-    block.sync_grid();
-    FORDE_ROLLED for (int sample = block.index(); sample < f.groups; sample += block.blocks()) find_rule(sample);
-    add_over_blocks<kThreads, 16>(block, in_workspace<double>(p.at.rows), f.members, f.groups, small().rows, small().scale, f.value);
+    if (block.index() == 0 && block.thread() == 0) *workspace<int>(f, p.at.again) = 0;
+    FORDE_ROLLED for (bool exact = false;; exact = true) {
+      if (block.thread() < kRows) small().rows[block.thread()] = 0;
+      FORDE_ROLLED for (int item = block.index(); item < p.items; item += block.blocks()) go_down(item, exact);
+      block.sync_grid();
+      start_up(block.index());
+      const LowRankRule<kRank, Block> rule{block, f, p, room_for_rule(), small().rows};
+      FORDE_ROLLED for (int sample = block.index(); sample < f.groups; sample += block.blocks()) rule.find(sample);
+      add_over_blocks<kThreads, 16>(block, workspace<double>(f, p.at.rows), f.members, f.groups, small().rows, small().scale, f.value);
+      if (exact || *workspace<int>(f, p.at.again) == 0) break;
+      block.commit_copies();
+      block.template wait_for_copies<0>();
+    }
     FORDE_ROLLED for (int item = block.index(); item < p.items; item += block.blocks()) go_up(item);
   }
 };

@@ -146,8 +146,8 @@ class PCA(Lengthscale):
         return self._cache[key]
 
     def in_tiles(self, device: torch.device) -> tuple[Tensor, float]:
-        """F of `in_half` in tiles of 8 by 8 numbers, [D / 8, K / 8, 8, 8], with zeros up to a multiple of 128 rows and
-        columns; and its unit. Made once."""
+        """F of `in_half` in tiles of 8 by 8 numbers, [D / 8, K / 8, 8, 8], with zeros up to a multiple of 128 rows
+        and columns; and its unit. Made once."""
         key = "tiles", device
         if key not in self._cache:
             matrix, unit = self.in_half(device)
