@@ -2,7 +2,7 @@
 
     python bench/report.py [--results FOLDER] [--readme FILE] [--print]
 
-The newest row of each case and provider counts, on the hardware that ran last.
+The newest row of each case and provider counts, on the processor that ran last and on every GPU.
 """
 
 from __future__ import annotations
@@ -22,18 +22,24 @@ NAMES = {"reference": "plain PyTorch", "compiled": "torch.compile", "cpp": "C++"
 COLOURS = {"reference": "#8c8c8c", "compiled": "#d98c21", "cpp": "#1f6fb4", "triton": "#1f6fb4", "cuda": "#1a7f37",
            "floor": "black"}  # fmt: skip
 LENGTHSCALES = {"identity": "identity", "pca": "full PCA", "rank256": "PCA of rank 256"}
+HARDWARE = {"cpu": "cpu", "cuda": "gpu"}  # what a row calls it, by device
 BASE = {"M": 10, "B": 128, "D": 3072}
 AXES = {"M": "M, members", "B": "B, samples of a batch", "D": "D, inputs"}
 
 
-def newest(rows: list[dict], device: str) -> dict[tuple, dict]:
-    """(M, B, D, lengthscale) -> provider -> its newest row: float32, cold cache, on the hardware that ran last, and
-    for each case of the run that was last, so that what stands side by side was measured together."""
+def machines(rows: list[dict], device: str) -> list[str]:
+    """The processor that ran last, or every GPU, the last one behind the others."""
+    names = [row[HARDWARE[device]] for row in rows if row["device"] == device]
+    return list(dict.fromkeys(reversed(names)))[::-1] if device == "cuda" else names[-1:]
+
+
+def newest(rows: list[dict], device: str, machine: str) -> dict[tuple, dict]:
+    """(M, B, D, lengthscale) -> provider -> its newest row: float32, cold cache, on this machine, and for each case
+    of the run that was last, so that what stands side by side was measured together."""
     rows = [row for row in rows if row["device"] == device and row["dtype"] == "float32" and row["cache"] != "warm"]
-    hardware = "gpu" if device == "cuda" else "cpu"
     cases: dict[tuple, dict] = {}
     for row in rows:
-        if row[hardware] == rows[-1][hardware]:
+        if row[HARDWARE[device]] == machine:
             case = (*(int(row[size]) for size in "MBD"), row["lengthscale"])
             found = cases.setdefault(case, {})
             run = row["commit"], row["floor_ms"]  # a run has one floor
@@ -158,15 +164,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--print", action="store_true", help="print the table and leave the README alone")
     given = parser.parse_args(arguments)
     rows = read(given.results / "repulsion.csv")
-    cases = {device: newest(rows, device) for device in ("cpu", "cuda")}
-    text = "\n\n".join(part for device in cases if (part := table(cases[device], device)))
+    cases = {device: [newest(rows, device, name) for name in machines(rows, device)] for device in HARDWARE}
+    tables = [table(found, device) for device, all_found in cases.items() for found in all_found]
+    text = "\n\n".join(part for part in tables if part)
     if given.print:
         print(text)
     else:
         rewrite(given.readme, text)
     for device, found in cases.items():
         if found:
-            draw(found, device, given.results / f"repulsion_{device}.png")
+            draw(max(found, key=len), device, given.results / f"repulsion_{device}.png")
     return 0
 
 

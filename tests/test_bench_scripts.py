@@ -66,6 +66,6 @@ def test_what_stands_side_by_side_is_of_one_run(script):
 
     report = script("report")
     runs = rows("a", "1.0", reference="9", cpp="2") + rows("a", "1.5", compiled="5", cpp="3")
-    ((case, found),) = report.newest(runs, "cpu").items()
+    ((case, found),) = report.newest(runs, "cpu", "one").items()
     assert case == (10, 128, 3072, "identity")
     assert {name: row["ms"] for name, row in found.items()} == {"compiled": "5", "cpp": "3"}
