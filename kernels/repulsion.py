@@ -15,7 +15,6 @@ from .combine import _combine_blocks_kernel, _combine_kernel
 from .contrasts import _contrasts_blocks_kernel, _contrasts_kernel, _norms_kernel
 from .few import _pair_distances_kernel
 from .pairs import _pair_blocks_kernel
-from .project import _coordinates_kernel, _project_kernel
 from .rule import _bandwidth_kernel, _coefficients_kernel
 from .splits import _add_splits_kernel
 from .tiles import (
@@ -330,66 +329,3 @@ def _launch_combine(particles, product, inverse_norm, coefficients, projection, 
     tensors += (gradient if mixed is None else mixed, gradient)
     numbers = D, G, tiles, *_strides(rows, w), coefficients.stride(1), coefficients.stride(2)
     _launch(_combine_kernel, G * tiles, tensors, numbers, constants)
-
-
-def coordinates(particles, others, product):
-    """
-        x = torch.cat([product.sum(0, True) / (math.sqrt(N) - 1), product])
-
-    where a row equal to an earlier one takes its x, which the sum and a matrix product may give it only nearly.
-
-    particles [Mi, G, D], others [Mj, G, D] or None, product [N - 1, G, K] -> x [N, G, K]
-    """
-    particles, others, product = _rows(particles), _rows(others), product.contiguous()
-    (MI, G, D), MJ = particles.shape, 0 if others is None else others.shape[0]
-    N, K = MI + MJ, product.shape[2]
-    x = torch.empty(N, G, K, dtype=product.dtype, device=product.device)
-    others = particles if others is None else others
-    rows = triton.next_power_of_2(N)
-    constants = {"MI": MI, "MJ": MJ, "KAPPA": _kappa(N), "ROWS": rows, "FIRST": min(32, 2048 // rows)}
-    constants |= {"STEPS": triton.cdiv(D, 256), "STEPS_K": triton.cdiv(K, 256), "BLOCK": 256, "num_warps": 4}
-    numbers = D, G, K, *_strides(particles, others)
-    _launch(_coordinates_kernel, N * G, (particles, others, product, x), numbers, constants)
-    return x
-
-
-def project(particles, mixed, others, coefficients, normalize, eps):
-    """
-        s_i, s_j as in pair_distances
-        v = mixed if coefficients is None else mixed + (coefficients[..., None] * (s_i - s_j)).sum(1)
-        v = inverse_norm[..., None] * (v - (v * s).sum(-1, True) * s) if normalize else v
-        return v.to(particles.dtype)
-
-    particles [Mi, G, D], mixed [Mi, G, D], others [Mj, G, D] or None, coefficients [Mi, Mj, G] or None
-    -> gradient [Mi, G, D] in the particles' dtype.
-    """
-    particles, mixed = _rows(particles), mixed.contiguous()
-    M, G, D = particles.shape
-    if not normalize:
-        if coefficients is None:
-            return mixed.to(particles.dtype)
-        norm = _ones(particles, M if others is None else M + others.shape[0])
-        return _combine(particles, others, None, norm, coefficients, torch.zeros_like(norm[:M]), mixed)
-    acc, ACC = _types(particles)
-    tile = _rows_tile(D, acc)
-    splits, steps = _splits(G, D, tile["LANES"] * tile["V"], M)
-    constants = {"M": M, "EPS": eps, "STEPS": steps, "ACC": ACC} | tile
-    numbers = D, G, splits, *_strides(particles)
-
-    def launch(stage, norm, along, out):
-        tensors = particles, mixed, norm, along, out
-        _launch(_project_kernel, G * splits * M, tensors, numbers, constants | {"STAGE": stage})
-        return out
-
-    gradient = torch.empty(M, G, D, dtype=particles.dtype, device=particles.device)
-    if coefficients is None and splits == 1:
-        return launch("all", mixed, mixed, gradient)
-    squares, along = (torch.empty(splits, M, G, dtype=acc, device=particles.device) for _ in range(2))
-    launch("sums", squares, along, mixed)
-    along = _add_splits(along, ACC)
-    if coefficients is None:
-        inverse_norm = _add_splits(squares, ACC, "inverse root", eps)
-        return launch("rest", inverse_norm, along * inverse_norm, gradient)
-    _, alignment, inverse_norm = pair_distances(particles, others, None, True, eps)
-    projection = (coefficients * alignment).sum(1).addcmul_(along, inverse_norm[:M])
-    return _combine(particles, others, None, inverse_norm, coefficients, projection, mixed)

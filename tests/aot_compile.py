@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 import triton
-from forde_fast.kernels import at_once, repulsion
+from forde_fast.kernels import at_once, low_rank, repulsion
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -38,10 +38,10 @@ def launches(members, others, samples, columns, dtype, with_product, at_once_too
     _, c, _, projection = repulsion.median_rule(d, alignment, 2.3)
     repulsion.combine(particles, other, product, inverse_norm, c, projection)
     if with_product:  # the low-rank path: K columns of the product
-        repulsion.coordinates(particles, other, z[:, :, :256])
+        low_rank.coordinates(particles, other, z[:, :, :256])
         mixed = torch.empty(particles.shape, dtype=z.dtype, device="meta")
-        repulsion.project(particles, mixed, other, None, True, 1e-24)
-        repulsion.project(particles, mixed, other, c, True, 1e-24)
+        low_rank.project(particles, mixed, other, None, True, 1e-24)
+        low_rank.project(particles, mixed, other, c, True, 1e-24)
     acc = repulsion._types(particles)[0]
     if others is None and 2 <= members <= repulsion._most_rows_at_once(acc) and at_once_too:
         half = acc if acc == torch.float64 else torch.float16

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from forde_fast.kernels import repulsion, tiles
+from forde_fast.kernels import low_rank, tiles
 from test_kernels import DEVICE, EPS, check, make_rows, path, plain_rows  # noqa: F401 (path is a fixture)
 
 
@@ -26,7 +26,7 @@ def run(particles, others, weighted, normalize, dtype=torch.float32):
     weights = None
     if weighted:
         weights = torch.randn(M, M if others is None else len(others), G, dtype=dtype).to(DEVICE)
-    gradient = repulsion.project(particles, mixed, others, weights, normalize, EPS)
+    gradient = low_rank.project(particles, mixed, others, weights, normalize, EPS)
     assert gradient.dtype == particles.dtype
     assert gradient.is_contiguous()
     check(gradient, plain_project, particles, mixed, others, weights, normalize)
@@ -59,7 +59,7 @@ def test_project_with_columns_split_over_programs(monkeypatch, weighted):
 
 def test_project_of_dead_rows():
     zeros = torch.zeros(3, 2, 24, device=DEVICE)
-    assert not repulsion.project(zeros, zeros, None, None, True, EPS).any()
+    assert not low_rank.project(zeros, zeros, None, None, True, EPS).any()
 
 
 @pytest.mark.parametrize("others", [None, 4])
@@ -76,7 +76,7 @@ def test_equal_rows_have_equal_coordinates(others):
         others[0] = others[2]
     N = 5 + (0 if others is None else len(others))
     product = torch.randn(N - 1, 2, 270).to(DEVICE)
-    x = repulsion.coordinates(particles, others, product)
+    x = low_rank.coordinates(particles, others, product)
     rows = particles if others is None else torch.cat([particles, others])
     plain = torch.cat([product.sum(0, keepdim=True) / (math.sqrt(N) - 1), product])
     for n in range(N):
@@ -88,5 +88,5 @@ def test_equal_rows_have_equal_coordinates(others):
 
 def test_two_rows_of_few_columns():
     particles, product = make_rows("duplicated", 2, 1, 7), torch.randn(1, 1, 3).to(DEVICE)
-    x = repulsion.coordinates(particles, None, product)
+    x = low_rank.coordinates(particles, None, product)
     assert torch.equal(x[0], x[1])
