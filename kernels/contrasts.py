@@ -11,13 +11,17 @@ from .rows import _columns, _inverse_root, _load_row, _load_rows, _load_scalars,
 def _norms_kernel(
     rows,  # [M, G, D]
     norms,  # [splits, M, G], step norms_s from split to split
+    unsound,  # [G], read when REPAIR: only samples that are unsound are written
     D, G, splits, rows_m, rows_g, norms_s,
-    M: tl.constexpr, EPS: tl.constexpr, WHOLE: tl.constexpr, STEPS: tl.constexpr,
+    M: tl.constexpr, EPS: tl.constexpr, WHOLE: tl.constexpr, REPAIR: tl.constexpr, STEPS: tl.constexpr,
     LANES: tl.constexpr, V: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """1 / norm where one program sees the WHOLE row, else the sum of squares of its columns."""
     pid = tl.program_id(0).to(tl.int64)
     m, split, g = pid % M, pid // M % splits, pid // M // splits
+    if REPAIR:  # noqa: SIM102 (a constant, so that nothing is read without it)
+        if tl.load(unsound + g) == 0:
+            return
     D, rows_m, rows_g = _multiple(D, V), _multiple(rows_m, V), _multiple(rows_g, V)
     rows += m * rows_m + g * rows_g
     squares = tl.zeros([LANES, V], ACC)

@@ -50,11 +50,14 @@ def _one_of(values, index):
 
 @triton.jit
 def _store_all(
-    distances, alignments, tail_distances, tail_alignments, distance, excess, G,
+    distances, alignments, tail_distances, tail_alignments, distance, excess, square, G,
     M: tl.constexpr, UNIT: tl.constexpr, TAIL: tl.constexpr, HAS_TAIL: tl.constexpr, WHOLE: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
-    """UNIT times the sums; plus TAIL times the tail's, 0 where these are: equal rows have no distance."""
+    """UNIT times the sums; plus TAIL times the tail's, 0 where these are: equal rows have no distance.
+
+    The square, if any, is stored as row 0's alignment with itself, which is 0.
+    """
     PAIRS: tl.constexpr = M * (M - 1) // 2
     row = tl.arange(0, 16)
     e = tl.where(row < M, _sum_16((tl.zeros_like(excess[0]),) + excess, 0, M), 0.0)
@@ -77,7 +80,10 @@ def _store_all(
         _store_pair(distances, alignments, j, i, keep, d, d - a, G, M, WHOLE)
         _store_pair(distances, alignments, i, j, keep, d, a, G, M, WHOLE)
     zero = tl.zeros([16], ACC)
-    _store_pair(distances, alignments, row, row.to(tl.int64), row < M, zero, zero, G, M, WHOLE)
+    own = zero
+    if len(square) > 0:
+        own = tl.where(row == 0, tl.sum(square[0], 0), zero)
+    _store_pair(distances, alignments, row, row.to(tl.int64), row < M, zero, own, G, M, WHOLE)
 
 
 @triton.jit
@@ -95,7 +101,7 @@ def _store_contrasts(contrasts, s, size, d, D, M: tl.constexpr, WEIGHT: tl.const
 def _pair_distances_kernel(
     particles,  # [M, G, D], read unless SOURCE is "coordinates"
     product,  # q, read unless SOURCE is "particles": [M - 1, G, D]; of "coordinates" and in row M - 1 what all lack
-    inverse_norm,  # [M, G]; read when NORM is "given", written when it is "own"
+    inverse_norm,  # [M, G]; read when NORM is "given" or "provisional", written when it is "own"
     tail_distances,  # [M, M, G], read when HAS_TAIL
     tail_alignments,  # [M, M, G], likewise
     distances,  # [splits, M, M, G]
@@ -104,18 +110,24 @@ def _pair_distances_kernel(
     bandwidth,  # [M, G], written when RULE
     exact,  # [M, G], float64, likewise
     parts,  # [M, G], float64, likewise: sums of kernel values
+    unsound,  # [G], read when REPAIR: only samples that are unsound are written
     D, G, splits, particles_m, particles_g, product_m, product_g,
     M: tl.constexpr, SOURCE: tl.constexpr, NORM: tl.constexpr, EPS: tl.constexpr, KAPPA: tl.constexpr,
     UNIT: tl.constexpr, TAIL: tl.constexpr, HAS_TAIL: tl.constexpr, CONTRASTS: tl.constexpr, WEIGHT: tl.constexpr,
     CONTRASTS_UNIT: tl.constexpr, RULE: tl.constexpr, LOG_COUNT: tl.constexpr, FLOOR: tl.constexpr,
-    WHOLE: tl.constexpr, STEPS: tl.constexpr, LANES: tl.constexpr, V: tl.constexpr, ACC: tl.constexpr,
+    WHOLE: tl.constexpr, REPAIR: tl.constexpr, STEPS: tl.constexpr, LANES: tl.constexpr, V: tl.constexpr,
+    ACC: tl.constexpr,
 ):  # fmt: skip
     """All pairs of a few rows, two at least: a program has every row, so it can find norms and row 0 of q.
 
     SOURCE: q = s are the "particles"; q comes from the "product"; q = s are "coordinates", and come from it.
+    NORM "provisional": |s_0|^2 is summed too.
     """
     pid = tl.program_id(0).to(tl.int64)
     g, split = pid // splits, pid % splits
+    if REPAIR:  # noqa: SIM102 (a constant, so that nothing is read without it)
+        if tl.load(unsound + g) == 0:
+            return
     D, particles_m, particles_g = _multiple(D, V), _multiple(particles_m, V), _multiple(particles_g, V)
     product_m, product_g = _multiple(product_m, V), _multiple(product_g, V)
     size = (g * 0 + G) * D
@@ -130,11 +142,12 @@ def _pair_distances_kernel(
         r = _own_norms(particles, particles_m, first, D, STEPS, M, EPS, LANES, V, ACC)
         for k in tl.static_range(M):
             tl.store(inverse_norm + (first + k) * G, r[k])
-    elif NORM == "given":
+    elif NORM != "unit":
         r = _load_scalars(inverse_norm, G, first, M, M)
 
     distance = _zeros(tl.zeros([LANES], ACC), M * (M - 1) // 2)
     excess = _zeros(tl.zeros([LANES], ACC), M - 1)
+    square = _zeros(tl.zeros([LANES], ACC), 1 if NORM == "provisional" else 0)
     first_step = split.to(tl.int32) * STEPS
     for step in range(STEPS):
         d = (first_step + step) * (LANES * V) + _columns(LANES, V)
@@ -166,6 +179,8 @@ def _pair_distances_kernel(
                 if SOURCE == "product":
                     q = _with_row_0(w[v], KAPPA, M - 1)
             distance, excess = _add_pairs(distance, excess, q, s, u, M)
+            if NORM == "provisional":
+                square = (tl.fma(s[0], s[0], square[0]),)
 
     tail_distances += g
     tail_alignments += g
@@ -176,6 +191,7 @@ def _pair_distances_kernel(
         tail_alignments,
         distance,
         excess,
+        square,
         G,
         M,
         UNIT,

@@ -11,10 +11,12 @@ import torch
 import triton
 import triton.language as tl
 
+from . import tiles
 from .combine import _combine_blocks_kernel, _combine_kernel
 from .contrasts import _contrasts_blocks_kernel, _contrasts_kernel, _norms_kernel
 from .few import _pair_distances_kernel
 from .pairs import _pair_blocks_kernel
+from .provisional import _sampled_norms_kernel, _settle_kernel
 from .rule import _bandwidth_kernel, _coefficients_kernel
 from .splits import _add_splits_kernel
 from .tiles import (
@@ -74,8 +76,8 @@ def _launch(kernel, programs, tensors, numbers, constants):
         kernel[(programs,)](*tensors, *numbers, **constants, enable_fp_fusion=False)
 
 
-def _inverse_norms(particles, others, eps):
-    """1 / norm [N, G] of all rows."""
+def _inverse_norms(particles, others, eps, repair=None):
+    """1 / norm [N, G] of all rows; repair: as in _add_splits."""
     M, G, D = particles.shape
     N = M if others is None else M + others.shape[0]
     acc, ACC = _types(particles)
@@ -84,22 +86,29 @@ def _inverse_norms(particles, others, eps):
     norms = torch.empty(splits, N, G, dtype=acc, device=particles.device)
     for rows, out in ((particles, norms), (others, norms[:, M:])):
         if rows is not None:
-            constants = {"M": rows.shape[0], "EPS": eps, "WHOLE": splits == 1, "STEPS": steps}
-            constants |= {"ACC": ACC} | tile
+            whole = splits == 1 and repair is None
+            constants = {"M": rows.shape[0], "EPS": eps, "WHOLE": whole, "REPAIR": repair is not None}
+            constants |= {"STEPS": steps, "ACC": ACC} | tile
             numbers = D, G, splits, *_strides(rows), N * G
-            _launch(_norms_kernel, G * splits * rows.shape[0], (rows, out), numbers, constants)
-    return _add_splits(norms, ACC, "inverse root", eps)
+            tensors = rows, out, out if repair is None else repair[1]
+            _launch(_norms_kernel, G * splits * rows.shape[0], tensors, numbers, constants)
+    return _add_splits(norms, ACC, "inverse root", eps, repair=repair)
 
 
-def _add_splits(parts, ACC, finish="", eps=0.0, symmetric=False):
-    """parts [splits, ..., G] -> [..., G]; what one program saw whole it has finished."""
-    if parts.shape[0] == 1:
+def _add_splits(parts, ACC, finish="", eps=0.0, symmetric=False, repair=None):
+    """parts [splits, ..., G] -> [..., G]; what one program saw whole it has finished.
+
+    repair: the result so far, and unsound [G], the samples that are written to it
+    """
+    if parts.shape[0] == 1 and repair is None:
         return parts[0]
-    total = torch.empty_like(parts[0])
+    dtype = {tl.float32: torch.float32, tl.float64: torch.float64}[ACC]
+    total, unsound = repair or (torch.empty_like(parts[0], dtype=dtype), parts)
     numbers = total.numel(), parts.shape[0], parts.shape[-1]
     constants = {"M": parts.shape[1] if symmetric else 0, "FINISH": finish, "EPS": eps, "ACC": ACC}
+    constants |= {"REPAIR": repair is not None}
     constants |= {"STEPS": triton.cdiv(parts.shape[0], 32), "ROWS": 32, "BLOCK": 64, "num_warps": 4}
-    _launch(_add_splits_kernel, triton.cdiv(total.numel(), 64), (parts, total), numbers, constants)
+    _launch(_add_splits_kernel, triton.cdiv(total.numel(), 64), (parts, total, unsound), numbers, constants)
     return total
 
 
@@ -164,6 +173,8 @@ def pair_distances(particles, others, product, normalize, eps):
     acc, ACC = _types(particles)
     particles, others, product = _rows(particles), _rows(others), _rows(product)
     if others is None and 2 <= particles.shape[0] <= _most_rows_at_once(acc):
+        if product is None and normalize and _passes_once(particles):
+            return _distances_in_one_pass(particles, eps)
         d, alignment, inverse_norm = _distances_at_once(particles, product, normalize, eps)
     else:
         d, alignment, inverse_norm = _distances_in_blocks(particles, others, product, normalize, eps)
@@ -188,9 +199,40 @@ def _distances_at_once(particles, product, normalize, eps):
     return d, alignment, inverse_norm
 
 
+def _passes_once(particles):
+    _, G, D = particles.shape
+    return _splits(G, D, 1)[0] > 1 and particles.numel() * particles.element_size() > tiles.MANY_BYTES
+
+
+def _distances_in_one_pass(particles, eps):
+    """d [M, M, G], alignment likewise, inverse_norm [M, G] of normalised rows: provisional.py says how."""
+    M, G, D = particles.shape
+    acc, ACC = _types(particles)
+    d, alignment = (torch.empty(M, M, G, dtype=acc, device=particles.device) for _ in range(2))
+    provisional, inverse_norm = (torch.empty(M, G, dtype=acc, device=particles.device) for _ in range(2))
+    unsound = torch.empty(G, dtype=torch.int32, device=particles.device)
+    tile = _pairs_tile(M, D, acc, False, _chip(particles))
+    splits, steps = _splits(G, D, tile["LANES"] * tile["V"])
+    parts = [torch.empty(splits, M, M, G, dtype=acc, device=particles.device) for _ in range(2)]
+    constants = tile | {"STEPS": steps, "SOURCE": "particles", "EPS": eps}
+
+    sample = {"M": M, "EPS": eps, "PIECES": tiles.PIECES, "COLUMNS": tiles.PIECE, "ACC": ACC, "num_warps": 8}
+    _launch(_sampled_norms_kernel, M * G, (particles, provisional), (D, G, *_strides(particles)), sample)
+    _launch_distances(particles, None, provisional, *parts, constants | {"NORM": "provisional"})
+    sums = [_add_splits(x, tl.float64) for x in parts]
+    tensors = *sums, provisional, d, alignment, inverse_norm, unsound
+    _launch(_settle_kernel, G, tensors, (G,), {"M": M, "EPS": eps, "WORST": tiles.WORST, "num_warps": 4})
+
+    _inverse_norms(particles, None, eps, (inverse_norm, unsound))
+    _launch_distances(particles, None, inverse_norm, *parts, constants | {"NORM": "given"}, unsound=unsound)
+    _add_splits(parts[0], ACC, "not negative", symmetric=True, repair=(d, unsound))
+    _add_splits(parts[1], ACC, repair=(alignment, unsound))
+    return d, alignment, inverse_norm
+
+
 def _launch_distances(particles, product, inverse_norm, d, alignment, constants, tail=None, contrasts=None, rule=None,
-                      log_count=1.0):  # fmt: skip
-    """d [splits, M, M, G], alignment likewise.
+                      log_count=1.0, unsound=None):  # fmt: skip
+    """d [splits, M, M, G], alignment likewise; of the samples that are unsound, where that is given.
 
     tail: its d and alignment; contrasts [M, G, D], written; rule: h, exact h and parts, which come of the medians
     """
@@ -200,9 +242,10 @@ def _launch_distances(particles, product, inverse_norm, d, alignment, constants,
     constants = {"M": M, "KAPPA": _kappa(M), "UNIT": 1.0, "TAIL": 0.0, "HAS_TAIL": tail is not None} | constants
     constants |= {"CONTRASTS": contrasts is not None, "WEIGHT": 1 / (M - math.sqrt(M)), "RULE": rule is not None}
     constants |= {"CONTRASTS_UNIT": _unit(contrasts)}
-    constants |= {"LOG_COUNT": log_count, "FLOOR": FLOOR, "WHOLE": splits == 1, "ACC": _types(d)[1]}
+    constants |= {"LOG_COUNT": log_count, "FLOOR": FLOOR, "WHOLE": splits == 1, "REPAIR": unsound is not None}
+    constants |= {"ACC": _types(d)[1]}
     tensors = particles, w, inverse_norm, *(tail or (d, alignment)), d, alignment
-    tensors += (d if contrasts is None else contrasts, *(rule or (d, d, d)))
+    tensors += (d if contrasts is None else contrasts, *(rule or (d, d, d)), d if unsound is None else unsound)
     _launch(_pair_distances_kernel, G * splits, tensors, numbers, constants)
 
 

@@ -10,13 +10,17 @@ from .rows import _inverse_root
 def _add_splits_kernel(
     parts,  # [splits, count]
     total,  # [count]
+    unsound,  # [G], read when REPAIR: only samples that are unsound are written
     count, splits, G,
     M: tl.constexpr,  # when not 0, count is [M, M, G] and symmetric
-    FINISH: tl.constexpr, EPS: tl.constexpr,
+    FINISH: tl.constexpr, EPS: tl.constexpr, REPAIR: tl.constexpr,
     STEPS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     # torch.sum adds some columns in another order than others: equal rows would get unequal norms
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    wanted = index < count
+    if REPAIR:
+        wanted = wanted & (tl.load(unsound + index % G) != 0)
     source = index
     if M > 0:
         i, j = index // (M * G), index // G % M
@@ -25,11 +29,11 @@ def _add_splits_kernel(
     sums = tl.zeros([ROWS, BLOCK], ACC)
     for step in range(STEPS):
         row = split + step * ROWS
-        inside = (row < splits) & (index < count)[None, :]
+        inside = (row < splits) & wanted[None, :]
         sums += tl.load(parts + row * count + source[None, :], mask=inside, other=0.0)
     x = tl.sum(sums, 0)
     if FINISH == "inverse root":
         x = _inverse_root(x + EPS)
     elif FINISH == "not negative":
         x = tl.where(x < 0, 0.0, x)  # unlike a maximum, this keeps NaN
-    tl.store(total + index, x, mask=index < count)
+    tl.store(total + index, x, mask=wanted)

@@ -17,6 +17,11 @@ ROWS_AT_ONCE, CONTRASTS_BLOCK, COMBINE_BLOCK = 16, 8, 8
 PROGRAMS = 528
 FEW_SAMPLES, MANY_COLUMNS = 128, 8192
 
+# More than a cache keeps from one pass to the next: from here on, particles are not read for their norms alone.
+MANY_BYTES = 2**26
+# The columns from which norms are guessed, and the terms that a distance may come of, in units of it.
+PIECES, PIECE, WORST = 64, 256, 4.0
+
 
 def _vectors(V, D, warps):
     """LANES threads with V neighbouring columns each, fewer where rows are unaligned: no more than D needs."""

@@ -21,6 +21,7 @@ from triton.compiler import ASTSource
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 TILE = ("BLOCK_I", "BLOCK_J", "BLOCK", "ROWS", "COLUMNS", "SAMPLES", "LANES", "V")
 TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float64: "*fp64"}
+TYPES |= {torch.int32: "*i32"}
 
 
 def launches(members, others, samples, columns, dtype, with_product, at_once_too=True):

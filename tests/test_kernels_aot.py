@@ -14,6 +14,7 @@ PUBLISHED = (10, None, 128, 3072, "float32", True)
 CASES = [  # members, others, samples, columns, type, product: between them every kernel
     (*PUBLISHED, False),  # without the forms that kernels have for a few members at once
     (2, None, 1, 20_000, "float32", False),  # columns split over programs
+    (10, None, 1, 11_173_962, "float32", False, False),  # so many columns that norms are guessed
     (64, None, 128, 3072, "float32", True),  # full blocks of pairs
     (16, 9, 128, 3071, "bfloat16", False),  # others; rows that start unaligned
 ]
@@ -21,6 +22,8 @@ FULLEST = [  # the most sums that a thread has: for one chip, as they take longe
     PUBLISHED,
     (16, None, 1, 2_000_000, "bfloat16", True),
     (10, None, 128, 240, "float64", False),
+    (16, None, 1, 20_000_000, "float32", False, False),
+    (10, None, 1, 20_000_001, "float64", False, False),
 ]
 ONES = [  # numbers of 1 become constants, which have no methods
     (1, None, 1, 1, "float32", False),
@@ -33,6 +36,8 @@ REGISTERS = {
     "_contrasts_kernel": 128,  # eight warps, two programs
     "_contrasts_blocks_kernel": 128,
     "_norms_kernel": 64,
+    "_sampled_norms_kernel": 168,  # a program for each row
+    "_settle_kernel": 128,
     "_add_splits_kernel": 128,
     "_pair_distances_kernel": 255,  # eight warps, one program on a multiprocessor
     "_pair_blocks_kernel": 255,  # two warps, four programs

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from forde_fast.kernels import repulsion, tiles
 
 import forde_fast as ff
 from forde_fast.testing import make_pca
@@ -42,3 +43,32 @@ def test_cuda_graph(call):
         graph.replay()
         for part, same in zip(result, call(particles), strict=True):
             torch.testing.assert_close(part, same, rtol=1e-3, atol=1e-5)
+
+
+def test_cuda_graph_of_guessed_norms(monkeypatch):
+    """Whether a guess was too bad is decided on the device, anew at every replay."""
+    particles = torch.zeros(10, 1, 2_000_002, device="cuda")
+    assert repulsion._passes_once(particles)
+
+    def call():
+        return repulsion.pair_distances(particles, None, None, True, 1e-24)
+
+    call()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = call()
+    generator = torch.Generator("cuda").manual_seed(0)
+    base = torch.randn(particles.shape[1:], generator=generator, device="cuda")
+    first = torch.arange(tiles.PIECES) * (particles.shape[2] - tiles.PIECE) // (tiles.PIECES - 1)
+    sampled = (first[:, None] + torch.arange(tiles.PIECE)).flatten().cuda()
+    misled = torch.linspace(1e-2, 1, 10, device="cuda")[:, None, None]
+    for mislead in (False, True, False):
+        particles.copy_(base + 1e-2 * torch.randn(particles.shape, generator=generator, device="cuda"))
+        if mislead:
+            particles[:, :, sampled] *= misled
+        graph.replay()
+        with monkeypatch.context() as patch:
+            patch.setattr(tiles, "MANY_BYTES", 2**60)
+            for got, want in zip(results, call(), strict=True):
+                torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-8)
+                assert not mislead or torch.equal(got, want)
