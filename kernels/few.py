@@ -56,11 +56,14 @@ def _store_all(
 ):  # fmt: skip
     """UNIT times the sums; plus TAIL times the tail's, 0 where these are: equal rows have no distance.
 
-    The square, if any, is stored as row 0's alignment with itself, which is 0.
+    The square, if any, is stored as row 0's alignment with itself, which is 0; in row 0's place among the excesses,
+    it takes no reduction of its own.
     """
     PAIRS: tl.constexpr = M * (M - 1) // 2
     row = tl.arange(0, 16)
-    e = tl.where(row < M, _sum_16((tl.zeros_like(excess[0]),) + excess, 0, M), 0.0)
+    zero = tl.zeros([16], ACC)
+    sums = _sum_16((square if len(square) > 0 else _zeros(excess[0], 1)) + excess, 0, M)
+    e = tl.where((row > 0) & (row < M), sums, 0.0)
     for part in tl.static_range((PAIRS + 15) // 16):
         pair = part * 16 + row
         i = tl.zeros([16], tl.int32)
@@ -79,10 +82,7 @@ def _store_all(
         # (q_j - q_i) s_j, for the difference of the two alignments is the distance
         _store_pair(distances, alignments, j, i, keep, d, d - a, G, M, WHOLE)
         _store_pair(distances, alignments, i, j, keep, d, a, G, M, WHOLE)
-    zero = tl.zeros([16], ACC)
-    own = zero
-    if len(square) > 0:
-        own = tl.where(row == 0, tl.sum(square[0], 0), zero)
+    own = tl.where(row == 0, sums, 0.0)
     _store_pair(distances, alignments, row, row.to(tl.int64), row < M, zero, own, G, M, WHOLE)
 
 
@@ -178,9 +178,9 @@ def _pair_distances_kernel(
                 q = s
                 if SOURCE == "product":
                     q = _with_row_0(w[v], KAPPA, M - 1)
-            distance, excess = _add_pairs(distance, excess, q, s, u, M)
             if NORM == "provisional":
                 square = (tl.fma(s[0], s[0], square[0]),)
+            distance, excess = _add_pairs(distance, excess, q, s, u, M)
 
     tail_distances += g
     tail_alignments += g

@@ -216,7 +216,7 @@ def _distances_in_one_pass(particles, eps):
     parts = [torch.empty(splits, M, M, G, dtype=acc, device=particles.device) for _ in range(2)]
     constants = tile | {"STEPS": steps, "SOURCE": "particles", "EPS": eps}
 
-    sample = {"M": M, "EPS": eps, "PIECES": tiles.PIECES, "COLUMNS": tiles.PIECE, "ACC": ACC, "num_warps": 8}
+    sample = {"M": M, "EPS": eps, "PIECES": tiles.PIECES, "COLUMNS": tiles.PIECE, "ACC": ACC, "num_warps": 16}
     _launch(_sampled_norms_kernel, M * G, (particles, provisional), (D, G, *_strides(particles)), sample)
     _launch_distances(particles, None, provisional, *parts, constants | {"NORM": "provisional"})
     sums = [_add_splits(x, tl.float64) for x in parts]

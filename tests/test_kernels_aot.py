@@ -36,9 +36,9 @@ REGISTERS = {
     "_contrasts_kernel": 128,  # eight warps, two programs
     "_contrasts_blocks_kernel": 128,
     "_norms_kernel": 64,
-    "_sampled_norms_kernel": 168,  # a program for each row
+    "_sampled_norms_kernel": 128,  # sixteen warps, a program for each row
     "_settle_kernel": 128,
-    "_add_splits_kernel": 128,
+    "_add_splits_kernel": 168,  # few programs
     "_pair_distances_kernel": 255,  # eight warps, one program on a multiprocessor
     "_pair_blocks_kernel": 255,  # two warps, four programs
     "_bandwidth_kernel": 128,

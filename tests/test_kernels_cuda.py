@@ -69,6 +69,7 @@ def test_cuda_graph_of_guessed_norms(monkeypatch):
         graph.replay()
         with monkeypatch.context() as patch:
             patch.setattr(tiles, "MANY_BYTES", 2**60)
-            for got, want in zip(results, call(), strict=True):
-                torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-8)
+            # alignments hold the rounding of the norms
+            for got, want, atol in zip(results, call(), (0, 1e-6, 0), strict=True):
+                torch.testing.assert_close(got, want, rtol=1e-5, atol=atol)
                 assert not mislead or torch.equal(got, want)
