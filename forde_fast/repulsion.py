@@ -123,7 +123,8 @@ def repulsion(
         result = implementation.repulsion(particles, lengthscale, others, normalize, eps, bandwidth)
     elif name == "cuda" or (name == "cpp" and others is None and _is_default(bandwidth)):
         if name == "cuda":
-            _check_fused(particles, lengthscale, others, bandwidth)
+            alone = _is_identity(lengthscale) or _half_factor(particles, lengthscale, normalize, precision)
+            _check_fused(particles, bool(alone), others, bandwidth)
         result = _fused(name, implementation, particles, lengthscale, normalize, eps, precision)
         _check_finite(particles, others, result.value)
     elif name == "triton" and _fits_at_once(particles, lengthscale, others, normalize, bandwidth):
@@ -334,8 +335,8 @@ def _faster(particles, lengthscale, normalize, precision) -> str:
     return "cuda" if usable and _half_factor(particles, lengthscale, normalize, precision) else "triton"
 
 
-def _check_fused(particles, lengthscale, others, bandwidth) -> None:
-    """RuntimeError for what the CUDA C++ kernel does not do."""
+def _check_fused(particles, alone: bool, others, bandwidth) -> None:
+    """RuntimeError for what the CUDA C++ kernels do not do; alone: whether they need no contrasts made beforehand."""
 
     def need(holds, expected, got):
         expect(holds, "backend", f"'triton', or for 'cuda' {expected}", got, RuntimeError)
@@ -344,7 +345,7 @@ def _check_fused(particles, lengthscale, others, bandwidth) -> None:
     need(others is None, "particles that repel each other", "others")
     need(_is_default(bandwidth), "the default bandwidth", bandwidth)
     reason = operators.UNUSABLE["triton"]
-    need(_is_identity(lengthscale) or not reason, "no lengthscale, as its contrasts are Triton's", reason)
+    need(alone or not reason, "no lengthscale, as its contrasts are Triton's", reason)
 
 
 @torch.no_grad()

@@ -108,6 +108,8 @@ struct HostBlock {
   };
   mutable std::vector<Copy> copies = {};
   mutable int groups = 0;
+  bool early = false;  // copies as early as they may come, and products as late as they may be found
+  mutable std::vector<std::function<void()>> products = {};
 
   int thread() const { return thread_; }
   int index() const { return index_; }
@@ -115,8 +117,11 @@ struct HostBlock {
   void sync() const { Fibers::current->wait(memory.barrier, kThreads); }
   void sync_grid() const { Fibers::current->wait(grid, kThreads * blocks_); }
   void reload() const {}
-  // As late as the kernel allows: when their group is waited for.
-  void copy_16_bytes(void* shared, const void* global, bool there = true) const { copies.push_back({shared, there ? global : nullptr, groups}); }
+  // As late as the kernel allows, when their group is waited for, unless `early`.
+  void copy_16_bytes(void* shared, const void* global, bool there = true) const {
+    copies.push_back({shared, there ? global : nullptr, early ? -9 : groups});
+    if (early) wait_for_copies<9>();
+  }
   void commit_copies() const { ++groups; }
   template <int kPending>
   void wait_for_copies() const {
@@ -138,14 +143,24 @@ struct HostBlock {
     return T(all[thread_ ^ mask]);
   }
 
-  // As in csrc/cuda/device_block.h: found at once, where a GPU may take until they are waited for.
+  // As in csrc/cuda/device_block.h: found at once or, where copies are early, when they are waited for.
   void sync_for_products() const { sync(); }
   void start_products() const {}
   void commit_products() const {}
   template <int kCount>
-  void wait_for_products(float (&)[kCount][40]) const {}
+  void wait_for_products(float (&)[kCount][40]) const {
+    for (const auto& product : products) product();
+    products.clear();
+  }
   template <bool kTransposed, class Operand>
   void multiply_add(float (&c)[40], const Operand& a, const Operand& b) const {
+    if (early)
+      products.push_back([this, &c, a, b] { find_product<kTransposed>(c, a, b); });
+    else
+      find_product<kTransposed>(c, a, b);
+  }
+  template <bool kTransposed, class Operand>
+  void find_product(float (&c)[40], const Operand& a, const Operand& b) const {
     const auto number = [](const Operand& x, int row, int column, bool transposed) {
       const char* tile = reinterpret_cast<const char*>(x.from(row, column).at);
       const int down = transposed ? column : row, across = transposed ? row : column;

@@ -17,14 +17,16 @@ bool run(const LowRank& f, const LowRankPlan& p, bool backwards) {
   Barrier grid;
   return Fibers().run(p.blocks * kLowRankThreads, backwards, [&](int n) {
     auto& own = memory[n / kLowRankThreads];
-    const Block block{n % kLowRankThreads, n / kLowRankThreads, p.blocks, own, grid};
+    Block block{n % kLowRankThreads, n / kLowRankThreads, p.blocks, own, grid};
+    block.early = backwards;
     LowRankKernel<kRank, Block>{block, f, p, reinterpret_cast<char*>(own.shared.data())}.run();
   });
 }
 
 }  // namespace
 
-// As on a chip with so many processors. False if threads wait for each other. plan: [blocks, splits, items]
+// As on a chip with so many processors; backwards with early copies and late products too. False if threads wait for
+// each other. plan: [blocks, splits, items]
 extern "C" bool low_rank_on_host(LowRank f, int processors, bool backwards, int* chosen) {
   const LowRankPlan p = plan(f, processors);
   std::vector<double> workspace(p.at.size / 8, std::numeric_limits<double>::quiet_NaN());

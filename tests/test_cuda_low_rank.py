@@ -1,7 +1,8 @@
 """The CUDA C++ kernel for a basis of low rank against the float64 oracle: on the host by low_rank_on_host.cpp, and on
 a GPU where there is one.
 
-On the host every case runs twice, with the threads in opposite orders: results that differ by a bit are an error.
+On the host every case runs twice, with the threads in opposite orders, copies as late and as early as they may be,
+products likewise: results that differ by a bit are an error.
 """
 
 import ctypes
@@ -165,6 +166,21 @@ def test_norms_that_a_few_columns_mislead_about(host):
         cases[f"{name}, unlike there"][..., some] = torch.randn(10, 2, len(some))
     for name, rows in cases.items():
         assert within(scale, (ff.repulsion(rows, scale, backend="cuda"), rows)), name
+
+
+def test_what_float16_and_float32_end_at(host):
+    """One large column, as long as provisional norms let a row be; a row so far that its weights are subnormal."""
+    scale = make_pca(512, 40, 0.01)
+    assert 8 not in sampled(512)
+    for size in (50.0, 70.0, 79.0, 83.0):
+        rows = torch.randn(2, 2, 512, generator=torch.Generator().manual_seed(0))
+        rows[:, :, 8] = torch.tensor([-size, size])[:, None]
+        assert within(scale, (ff.repulsion(rows, scale, backend="cuda"), rows)), size
+    for noise in torch.linspace(0.14, 0.17, 7):
+        draw = torch.Generator().manual_seed(1)
+        rows = torch.randn(1, 1, 512, generator=draw) + noise * torch.randn(10, 1, 512, generator=draw)
+        rows[9] = torch.randn(1, 512, generator=draw)
+        assert all(bool(x.isfinite().all()) for x in ff.repulsion(rows, scale, backend="cuda")), noise
 
 
 def test_degenerate_rows(host):

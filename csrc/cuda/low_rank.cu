@@ -13,6 +13,8 @@ __global__ void __launch_bounds__(kLowRankThreads, 1) low_rank(const LowRank f, 
   extern __shared__ __align__(128) char memory[];
   const DeviceBlock block;
   LowRankKernel<kRank, DeviceBlock>{block, f, p, memory}.run();
+#else
+  __trap();  // compiled for another chip than the one at hand
 #endif
 }
 

@@ -31,8 +31,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> fused_low_rank(const Tensor& particle
   TORCH_CHECK(groups < 1 << 24 && columns < 1 << 30 && columns % 4 == 0, "particles: expected G below 2^24 and D below 2^30, a multiple of 4, got ",
               particles.sizes());
   const int64_t tiles = up(columns, kUpColumns) * kUpColumns / 8, rank = factor.dim() == 4 ? factor.size(1) * 8 : 0;
-  TORCH_CHECK((rank == 128 || rank == 256) && factor.sizes() == at::IntArrayRef({tiles, rank / 8, 8, 8}) && factor.is_contiguous(),
-              "factor: expected [", tiles, ", 16 or 32, 8, 8], contiguous, got ", factor.sizes());
+  TORCH_CHECK((rank == 128 || rank == 256) && factor.sizes() == at::IntArrayRef({tiles, rank / 8, 8, 8}) && factor.is_contiguous() &&
+                  reinterpret_cast<uintptr_t>(factor.const_data_ptr()) % 16 == 0,
+              "factor: expected [", tiles, ", 16 or 32, 8, 8], contiguous and aligned to 16 bytes, got ", factor.sizes());
   TORCH_CHECK(factor.scalar_type() == at::kHalf && factor.device() == particles.device(), "factor: expected float16 on ",
               particles.device(), ", got ", factor.scalar_type(), " on ", factor.device());
   const c10::cuda::CUDAGuard guard(particles.device());

@@ -352,6 +352,7 @@ struct LowRankKernel {
       if (exact || *workspace<int>(f, p.at.again) == 0) break;
       block.commit_copies();
       block.template wait_for_copies<0>();
+      block.sync();
     }
     FORDE_ROLLED for (int item = block.index(); item < p.items; item += block.blocks()) go_up(item);
   }

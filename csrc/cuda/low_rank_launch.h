@@ -7,7 +7,7 @@
 
 namespace forde_fast {
 
-// The plan for this device: one block for each of its multiprocessors. cudaErrorInvalidConfiguration where they have
+// The plan for this device: at most one block for each of its multiprocessors. cudaErrorInvalidConfiguration where they have
 // too little shared memory. f.workspace need not be set.
 cudaError_t plan_low_rank(const LowRank& f, int device, LowRankPlan* p);
 

@@ -8,7 +8,9 @@
 
 namespace forde_fast {
 
-constexpr float kHalfUnit = 8192;   // of contrasts in float16: of unit vectors, they are at most 3.5 long
+// Of contrasts in float16, which ends at 8 of them: of rows less than 1 / kLeastRho long, contrasts are at most 4.9 long.
+constexpr float kHalfUnit = 8192;
+constexpr double kLeastRho = 0.5, kMostRho = 4;
 constexpr float kMixedUnit = 4096;  // the most that a number of `y` can be
 
 template <class T>
@@ -65,7 +67,7 @@ struct LowRankRule {
       rule.rho[thread] = rho;
       rule.r[thread] = float(r * rho);
       workspace<float>(f, p.at.norms)[sample * kRows + thread] = float(r * rho);
-      if (!(rho > 0.25 && rho < 4)) *workspace<int>(f, p.at.again) = 1;
+      if (!(rho > kLeastRho && rho < kMostRho)) *workspace<int>(f, p.at.again) = 1;
     }
     block.sync();
     if (thread < kRank) {
@@ -147,7 +149,7 @@ struct LowRankRule {
         size += rule.size[thread * M + k];
       }
       rows[thread] += kernel;
-      rule.unit[thread] = size == 0 ? 1 : kMixedUnit / size;
+      rule.unit[thread] = size < 1e-30f ? 1 : kMixedUnit / size;  // nothing beside the kernel value 1 of the row itself
       workspace<float>(f, p.at.unit)[int64_t(sample) * kRows + thread] = rule.unit[thread];
       workspace<float>(f, p.at.aligned)[int64_t(sample) * kRows + thread] = float(aligned);
     }
