@@ -116,16 +116,19 @@ def repulsion(
     """
     name, implementation = _choose(backend, particles, others, lengthscale, normalize, eps, precision)
     check_bandwidth(bandwidth, particles if others is None else others)
-    if backend == "auto" and name == "triton" and others is None and _is_default(bandwidth):
-        name = _faster(particles, lengthscale, normalize, precision)
+    half = None
+    # for "auto" too: low ranks take 20 to 36 % less than by Triton (bench/gpu.md)
+    if name == "cuda" or (backend == "auto" and name == "triton" and not operators.UNUSABLE["cuda"]):
+        fits = others is None and _is_default(bandwidth)
+        half = _half_factor(particles, lengthscale, normalize, precision) if fits else None
+        name = "cuda" if half else name
     if name == "reference":
         _check_finite(particles, others)
         result = implementation.repulsion(particles, lengthscale, others, normalize, eps, bandwidth)
     elif name == "cuda" or (name == "cpp" and others is None and _is_default(bandwidth)):
         if name == "cuda":
-            alone = _is_identity(lengthscale) or _half_factor(particles, lengthscale, normalize, precision)
-            _check_fused(particles, bool(alone), others, bandwidth)
-        result = _fused(name, implementation, particles, lengthscale, normalize, eps, precision)
+            _check_fused(particles, bool(half) or _is_identity(lengthscale), others, bandwidth)
+        result = _fused(name, implementation, particles, lengthscale, normalize, eps, precision, half)
         _check_finite(particles, others, result.value)
     elif name == "triton" and _fits_at_once(particles, lengthscale, others, normalize, bandwidth):
         result = _at_once(implementation, particles, lengthscale, normalize, eps, precision)
@@ -215,15 +218,15 @@ def _combine(state, c: Tensor, projection: Tensor | None = None) -> Tensor:
     return state.combine(c.to(state.norm.dtype), projection).to(state.dtype)
 
 
-def _fused(name, operations, particles, lengthscale, normalize, eps, precision):
+def _fused(name, operations, particles, lengthscale, normalize, eps, precision, half):
     dtype, product = particles.dtype, None
     particles = particles.detach() if particles.requires_grad else particles
     log_count = DEFAULT.log_count(len(particles))
     weighed = len(particles) > 1 and not _is_identity(lengthscale)
     if weighed or name != "cpp":  # which widens what it reads by itself, but no contrasts
         particles = particles.to(_computed(particles))
-    if name == "cuda" and (factor := _half_factor(particles, lengthscale, normalize, precision)):
-        return _narrowed(operations.fused_low_rank(particles, *factor, eps, log_count), dtype)
+    if half:
+        return _narrowed(operations.fused_low_rank(particles, *half, eps, log_count), dtype)
     if weighed:
         factors = _factors(lengthscale, particles) if name == "cpp" else None
         if factors is not None:
@@ -327,12 +330,6 @@ def _choose(backend: str, particles, others, lengthscale, normalize, eps, precis
 
         return backend, operations
     return backend, torch.ops.forde_fast
-
-
-def _faster(particles, lengthscale, normalize, precision) -> str:
-    """CUDA C++ for a basis of low rank, by 20 to 36 % (bench/gpu.md); Triton for all else."""
-    usable = not operators.UNUSABLE["cuda"]
-    return "cuda" if usable and _half_factor(particles, lengthscale, normalize, precision) else "triton"
 
 
 def _check_fused(particles, alone: bool, others, bandwidth) -> None:

@@ -1,7 +1,11 @@
 """Before anything else: Triton's interpreter where there is no GPU, and uninitialised memory that shows itself."""
 
+import ctypes
 import importlib.util
 import os
+import shutil
+import subprocess
+from pathlib import Path
 
 if importlib.util.find_spec("triton") and not any(
     os.path.exists(path) for path in ("/proc/driver/nvidia/version", "/dev/nvidiactl")
@@ -47,6 +51,22 @@ def fast_layers_at_any_size():
     from forde_fast.second_order.layers import BatchNorm
 
     BatchNorm.smallest = 0
+
+
+@pytest.fixture(scope="session")
+def compiled_on_host(tmp_path_factory):
+    """tests/NAME_on_host.cpp as a library of ctypes, by its NAME."""
+
+    def compiled(name: str) -> ctypes.CDLL:
+        if shutil.which("g++") is None:
+            pytest.skip("needs g++")
+        path = tmp_path_factory.mktemp(name) / f"{name}.so"
+        flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC"]
+        source = Path(__file__).with_name(f"{name}_on_host.cpp")
+        subprocess.run(["g++", *flags, "-o", path, source], check=True)
+        return ctypes.CDLL(path)
+
+    return compiled
 
 
 @pytest.fixture(params=["portable", "avx2", "avx512"])

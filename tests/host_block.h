@@ -119,8 +119,11 @@ struct HostBlock {
   void reload() const {}
   // As late as the kernel allows, when their group is waited for, unless `early`.
   void copy_16_bytes(void* shared, const void* global, bool there = true) const {
-    copies.push_back({shared, there ? global : nullptr, early ? -9 : groups});
-    if (early) wait_for_copies<9>();
+    const Copy copy{shared, there ? global : nullptr, groups};
+    if (early)
+      land(copy);
+    else
+      copies.push_back(copy);
   }
   void commit_copies() const { ++groups; }
   template <int kPending>
@@ -129,11 +132,15 @@ struct HostBlock {
     for (const Copy& copy : copies)
       if (copy.group >= groups - kPending)
         copies[kept++] = copy;
-      else if (copy.from)
-        memcpy(copy.to, copy.from, 16);
       else
-        memset(copy.to, 0, 16);
+        land(copy);
     copies.resize(kept);
+  }
+  static void land(const Copy& copy) {
+    if (copy.from)
+      memcpy(copy.to, copy.from, 16);
+    else
+      memset(copy.to, 0, 16);
   }
   template <class T>
   T shuffle(T x, int mask) const {

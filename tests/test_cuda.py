@@ -6,10 +6,7 @@ On the host every case runs twice, with the threads in opposite orders: results 
 import ctypes
 import itertools
 import math
-import shutil
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,7 +18,6 @@ from forde_fast.testing import CASES, budget, compare, make_particles, make_pca
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
 INPUTS = {F32: 0, BF16: 1, F64: 2}  # enum Input in csrc/repulsion.h
 operation = sys.modules["forde_fast.repulsion"]  # the module; its function has the same name
-SOURCE = Path(__file__).with_name("fused_on_host.cpp")
 gpu = pytest.mark.skipif(not ff.available_backends()["cuda"], reason=ff.available_backends()["cuda"].reason or "")
 
 
@@ -67,13 +63,8 @@ class Host:
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory):
-    if shutil.which("g++") is None:
-        pytest.skip("needs g++")
-    path = tmp_path_factory.mktemp("fused") / "fused.so"
-    flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC"]
-    subprocess.run(["g++", *flags, "-o", path, SOURCE], check=True)
-    loaded = ctypes.CDLL(path)
+def library(compiled_on_host):
+    loaded = compiled_on_host("fused")
     loaded.fused_on_host.argtypes = [Fused, ctypes.c_int, ctypes.c_int64, ctypes.c_bool, ctypes.c_void_p]
     loaded.fused_on_host.restype = ctypes.c_bool
     loaded.plan_of_chip.argtypes = [Fused, ctypes.c_int, ctypes.c_int64, ctypes.c_void_p]

@@ -7,8 +7,6 @@ products likewise: results that differ by a bit are an error.
 
 import ctypes
 import math
-import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -23,8 +21,7 @@ from forde_fast.types import Repulsion
 
 F32 = torch.float32
 operation = sys.modules["forde_fast.repulsion"]  # the module; its function has the same name
-SOURCE = Path(__file__).with_name("low_rank_on_host.cpp")
-HEADERS = SOURCE.parents[1] / "csrc/cuda"
+HEADER = Path(__file__).parents[1] / "csrc/cuda/low_rank.h"
 gpu = pytest.mark.skipif(not ff.available_backends()["cuda"], reason=ff.available_backends()["cuda"].reason or "")
 
 
@@ -66,13 +63,8 @@ class Host:
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory):
-    if shutil.which("g++") is None:
-        pytest.skip("needs g++")
-    path = tmp_path_factory.mktemp("low_rank") / "low_rank.so"
-    flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC"]
-    subprocess.run(["g++", *flags, "-o", path, SOURCE], check=True)
-    loaded = ctypes.CDLL(path)
+def library(compiled_on_host):
+    loaded = compiled_on_host("low_rank")
     loaded.low_rank_on_host.argtypes = [LowRank, ctypes.c_int, ctypes.c_bool, ctypes.c_void_p]
     loaded.low_rank_on_host.restype = ctypes.c_bool
     return loaded
@@ -251,7 +243,7 @@ def test_what_it_is_for(monkeypatch):
 
 
 def test_sizes_are_those_of_the_header():
-    text = (HEADERS / "low_rank.h").read_text()
+    text = HEADER.read_text()
     assert f"kLowRankMembers = {operation.LOW_RANK_MEMBERS};" in text
     assert f"kLowRankShared = {operation.LOW_RANK_SHARED};" in text
     assert f"in float16, K = 128 or {operation.LOW_RANK}:" in text
