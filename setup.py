@@ -16,7 +16,7 @@ BUILD = os.environ.get("FORDE_FAST_BUILD", "auto")
 CXX_FLAGS = ["-O3", "-g0", "-Wall", "-fvisibility=hidden"]  # Python's own flags have -g
 # fused_kernel.h says why multiplications and additions are not contracted.
 NVCC_FLAGS = ["-O3", "-fmad=false", "--expt-relaxed-constexpr", "-Werror", "all-warnings"]
-# Hopper's matrix units have instructions of their own (device_block.h), which only "90a" has.
+# Hopper's matrix units have instructions of their own (low_rank_block.h), which only "90a" has.
 EVERY_GPU = [
     "-gencode=arch=compute_80,code=sm_80",
     "-gencode=arch=compute_80,code=compute_80",

@@ -24,7 +24,7 @@ EXACT_COLUMNS = 256
 DEFAULT = Median()
 
 FUSED_MEMBERS = 16  # the most that the CUDA C++ kernel takes
-LOW_RANK_MEMBERS, LOW_RANK, LOW_RANK_SHARED = 10, 256, 232_448  # of csrc/cuda/low_rank.h: M, K, bytes
+LOW_RANK_MEMBERS, LOW_RANK = 10, 256  # of csrc/cuda/low_rank.h: M, K
 
 
 class ByProduct(NamedTuple):
@@ -239,7 +239,7 @@ def _half_factor(particles, lengthscale, normalize, precision):
     """(F in tiles of float16, its unit, the tail) for fused_low_rank, or None for what it does not do."""
     members, _, size = particles.shape
     fits = 2 <= members <= LOW_RANK_MEMBERS and size % 4 == 0 and _computed(particles) == torch.float32
-    if not (fits and normalize and precision == "tf32" and isinstance(lengthscale, PCA) and _has_room(particles)):
+    if not (fits and normalize and precision == "tf32" and isinstance(lengthscale, PCA) and _is_hopper(particles)):
         return None
     factors = lengthscale.factors(torch.float32, particles.device)
     if factors is None or factors[0].shape[1] > LOW_RANK:
@@ -247,11 +247,11 @@ def _half_factor(particles, lengthscale, normalize, precision):
     return *lengthscale.in_tiles(particles.device), factors[1]
 
 
-def _has_room(particles: Tensor) -> bool:
-    """Whether "tf32" means something there, and a block of fused_low_rank fits a multiprocessor."""
+def _is_hopper(particles: Tensor) -> bool:
+    """Whether "tf32" means something there, and fused_low_rank is written for it."""
     if not particles.is_cuda:
         return _rounds(particles.device)
-    return torch.cuda.get_device_properties(particles.device).shared_memory_per_block_optin >= LOW_RANK_SHARED
+    return torch.cuda.get_device_capability(particles.device)[0] == 9
 
 
 def _narrowed(results, dtype: torch.dtype) -> Repulsion:

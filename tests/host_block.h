@@ -52,12 +52,15 @@ class Fibers {
     Fiber& own = fibers_[running_];
     own.at = &barrier;
     own.generation = barrier.generation;
-    if (++barrier.arrived < size) {
-      swapcontext(&own.context, &scheduler_);
-    } else {
-      barrier.arrived = 0;
-      ++barrier.generation;
-    }
+    if (!arrive(barrier, size)) swapcontext(&own.context, &scheduler_);
+  }
+
+  // Whether all have now.
+  bool arrive(Barrier& barrier, int size) {
+    if (++barrier.arrived < size) return false;
+    barrier.arrived = 0;
+    ++barrier.generation;
+    return true;
   }
 
  private:
@@ -108,8 +111,7 @@ struct HostBlock {
   };
   mutable std::vector<Copy> copies = {};
   mutable int groups = 0;
-  bool early = false;  // copies as early as they may come, and products as late as they may be found
-  mutable std::vector<std::function<void()>> products = {};
+  bool early = false;  // copies as early as they may come
 
   int thread() const { return thread_; }
   int index() const { return index_; }
@@ -148,36 +150,5 @@ struct HostBlock {
     all[thread_] = x;
     Fibers::current->wait(memory.warp[thread_ / 32], 32);
     return T(all[thread_ ^ mask]);
-  }
-
-  // As in csrc/cuda/device_block.h: found at once or, where copies are early, when they are waited for.
-  void sync_for_products() const { sync(); }
-  void start_products() const {}
-  void commit_products() const {}
-  template <int kCount>
-  void wait_for_products(float (&)[kCount][40]) const {
-    for (const auto& product : products) product();
-    products.clear();
-  }
-  template <bool kTransposed, class Operand>
-  void multiply_add(float (&c)[40], const Operand& a, const Operand& b) const {
-    if (early)
-      products.push_back([this, &c, a, b] { find_product<kTransposed>(c, a, b); });
-    else
-      find_product<kTransposed>(c, a, b);
-  }
-  template <bool kTransposed, class Operand>
-  void find_product(float (&c)[40], const Operand& a, const Operand& b) const {
-    const auto number = [](const Operand& x, int row, int column, bool transposed) {
-      const char* tile = reinterpret_cast<const char*>(x.from(row, column).at);
-      const int down = transposed ? column : row, across = transposed ? row : column;
-      return double(reinterpret_cast<const _Float16*>(tile)[down % 8 * 8 + across % 8]);
-    };
-    for (int n = 0; n < 40; ++n) {
-      const int row = thread_ / 32 % 4 * 16 + thread_ % 32 / 4 + n % 4 / 2 * 8, column = n / 4 * 8 + thread_ % 4 * 2 + n % 2;
-      double total = c[n];
-      for (int k = 0; k < 16; ++k) total += number(a, row, k, kTransposed) * number(b, column, k, false);
-      c[n] = float(total);
-    }
   }
 };

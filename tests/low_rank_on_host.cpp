@@ -4,7 +4,7 @@
 #include <vector>
 
 #include "../csrc/cuda/low_rank_kernel.h"
-#include "host_block.h"
+#include "host_low_rank_block.h"
 
 namespace {
 
@@ -12,14 +12,13 @@ using namespace forde_fast;
 
 template <int kRank>
 bool run(const LowRank& f, const LowRankPlan& p, bool backwards) {
-  using Block = HostBlock<kLowRankThreads>;
-  std::vector<BlockMemory<kLowRankThreads>> memory(p.blocks, BlockMemory<kLowRankThreads>(kLowRankShared));
+  std::vector<LowRankMemory> memory(p.blocks, LowRankMemory(kLowRankShared));
   Barrier grid;
   return Fibers().run(p.blocks * kLowRankThreads, backwards, [&](int n) {
     auto& own = memory[n / kLowRankThreads];
-    Block block{n % kLowRankThreads, n / kLowRankThreads, p.blocks, own, grid};
+    LowRankHostBlock block(n % kLowRankThreads, n / kLowRankThreads, p.blocks, own, grid, f);
     block.early = backwards;
-    LowRankKernel<kRank, Block>{block, f, p, reinterpret_cast<char*>(own.shared.data())}.run();
+    LowRankKernel<kRank, LowRankHostBlock>{block, f, p, reinterpret_cast<char*>(own.shared.data())}.run();
   });
 }
 

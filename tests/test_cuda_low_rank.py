@@ -245,7 +245,6 @@ def test_what_it_is_for(monkeypatch):
 def test_sizes_are_those_of_the_header():
     text = HEADER.read_text()
     assert f"kLowRankMembers = {operation.LOW_RANK_MEMBERS};" in text
-    assert f"kLowRankShared = {operation.LOW_RANK_SHARED};" in text
     assert f"in float16, K = 128 or {operation.LOW_RANK}:" in text
 
 

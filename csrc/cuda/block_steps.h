@@ -9,10 +9,12 @@
 #define FORDE_INLINE __device__ __forceinline__
 #define FORDE_UNROLL _Pragma("unroll")
 #define FORDE_ROLLED _Pragma("unroll 1")  // what is unrolled inside fills the registers
+#define FORDE_FOUR_TIMES _Pragma("unroll 4")
 #else
 #define FORDE_INLINE inline
 #define FORDE_UNROLL
 #define FORDE_ROLLED
+#define FORDE_FOUR_TIMES
 #endif
 
 namespace forde_fast {
@@ -62,20 +64,20 @@ FORDE_INLINE void add_over_threads(const Block& block, const T (&x)[kCount], T* 
 }
 
 // The middle two of each column of d [M, M] by their ranks; NaN if there is one in it. Between barriers.
-template <int kThreads, class Block>
-FORDE_INLINE void find_medians(const Block& block, const double* d, int M, double* lower, double* upper) {
+template <int kThreads, class T, class Block>
+FORDE_INLINE void find_medians(const Block& block, const T* d, int M, T* lower, T* upper) {
   FORDE_ROLLED for (int e = block.thread(); e < M * M; e += kThreads) {
     const int i = e / M, j = e % M;
-    const double own = d[e];
+    const T own = d[e];
     int rank = 0;
     bool nan = false;
     for (int k = 0; k < M; ++k) {
-      const double other = d[k * M + j];
+      const T other = d[k * M + j];
       nan |= other != other;
       rank += other < own || (other == own && k < i);
     }
-    if (nan ? i == 0 : rank == (M - 1) / 2) lower[j] = nan ? NAN : own;
-    if (nan ? i == 0 : rank == M / 2) upper[j] = nan ? NAN : own;
+    if (nan ? i == 0 : rank == (M - 1) / 2) lower[j] = nan ? T(NAN) : own;
+    if (nan ? i == 0 : rank == M / 2) upper[j] = nan ? T(NAN) : own;
   }
   block.sync();
 }
@@ -83,26 +85,39 @@ FORDE_INLINE void find_medians(const Block& block, const double* d, int M, doubl
 FORDE_INLINE double bandwidth(double lower, double upper, double log_count) { return (lower + upper) / 2 / log_count + 1e-12; }
 
 // From a block's sums of kernel values rows[M] to those over all blocks, by `workspace` [blocks, kStride], and to
-// scale[i] = -2 / G / rows[i]; one barrier over the grid. Block 0 writes the value.
-template <int kThreads, int kStride, class T, class Block>
-FORDE_INLINE void add_over_blocks(const Block& block, double* workspace, int M, int64_t groups, double* rows, double* scale, T* value) {
+// scale[i] = -2 / G / rows[i], in two steps with a barrier over the grid between them.
+template <int kStride, class Block>
+FORDE_INLINE void write_rows(const Block& block, double* workspace, int M, const double* rows) {
   if (block.thread() < M) workspace[block.index() * kStride + block.thread()] = rows[block.thread()];
-  block.sync_grid();
-  for (int i = block.thread() / 32; i < M; i += kThreads / 32) {
-    double total = 0;
-    for (int b = block.thread() % 32; b < block.blocks(); b += 32) total += workspace[b * kStride + i];
-    for (int half = 16; half > 0; half /= 2) total += block.shuffle(total, half);
-    if (block.thread() % 32 == 0) {
-      rows[i] = total;
-      scale[i] = -2 / (groups * total);
+}
+
+template <int kThreads, int kStride, class T, class Block>
+FORDE_INLINE void add_over_blocks(const Block& block, const double* workspace, int M, int64_t groups, double* rows, T* scale) {
+  constexpr int kWarps = kThreads / 32, kAtOnce = 2;  // rows of a warp
+  const int lane = block.thread() % 32;
+  for (int first = block.thread() / 32; first < M; first += kAtOnce * kWarps) {
+    double total[kAtOnce] = {};
+    FORDE_FOUR_TIMES for (int b = lane; b < block.blocks(); b += 32)
+      FORDE_UNROLL for (int n = 0; n < kAtOnce; ++n) total[n] += workspace[b * kStride + (first + n * kWarps < M ? first + n * kWarps : 0)];
+    for (int half = 16; half > 0; half /= 2)
+      FORDE_UNROLL for (int n = 0; n < kAtOnce; ++n) total[n] += block.shuffle(total[n], half);
+    const int row = first + lane * kWarps;
+    if (lane < kAtOnce && row < M) {
+      const double own = lane == 0 ? total[0] : total[1];
+      rows[row] = own;
+      scale[row] = -2 / T(groups * own);
     }
   }
   block.sync();
-  if (block.index() == 0 && block.thread() == 0) {
-    double all = 0;
-    for (int i = 0; i < M; ++i) all += log(rows[i] / groups) / groups;
-    *value = T(all);
-  }
+}
+
+// By one warp, a row for each lane.
+template <class T, class Block>
+FORDE_INLINE void write_value(const Block& block, int M, int64_t groups, const double* rows, T* value) {
+  const int lane = block.thread() % 32;
+  double total = lane < M ? log(rows[lane] / groups) / groups : 0;
+  for (int half = 16; half > 0; half /= 2) total += block.shuffle(total, half);
+  if (lane == 0) *value = T(total);
 }
 
 }  // namespace forde_fast

@@ -14,14 +14,12 @@ namespace forde_fast {
 #if defined(__CUDACC__)
 using Half = __half;
 FORDE_INLINE Half to_half(float x) { return __float2half_rn(x); }
-#define FORDE_FOUR_TIMES _Pragma("unroll 4")
-#define FORDE_EIGHT_TIMES _Pragma("unroll 8")
 #else
 using Half = _Float16;
 inline Half to_half(float x) { return Half(x); }
-#define FORDE_FOUR_TIMES
-#define FORDE_EIGHT_TIMES
 #endif
+
+using Arrival = uint64_t;  // in shared memory: of bytes that are on their way to it
 
 struct alignas(16) Four {
   float of[4];
@@ -38,10 +36,10 @@ struct alignas(4) TwoHalves {
 struct Operand {
   const Half* at;
   int along_rows, along_columns;
+  int offset = 0;  // bytes beyond `at`: apart, as it is known when compiled
 
   FORDE_INLINE Operand from(int row, int column) const {
-    return {reinterpret_cast<const Half*>(reinterpret_cast<const char*>(at) + row / 8 * along_rows + column / 8 * along_columns),
-            along_rows, along_columns};
+    return {at, along_rows, along_columns, offset + row / 8 * along_rows + column / 8 * along_columns};
   }
 };
 

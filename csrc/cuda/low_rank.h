@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <utility>
 
@@ -11,14 +12,19 @@
 namespace forde_fast {
 
 constexpr int kLowRankMembers = 10;  // rows of a sample that fit a thread's registers
-constexpr int kGroup = 8;            // samples of an item: one for each warp
+constexpr int kGroup = 8;            // samples of an item: one for each warp that works on rows
 constexpr int kTileRows = kGroup * kLowRankMembers;
-constexpr int kLowRankThreads = 32 * kGroup;
+constexpr int kColumns = 64;         // that pass through shared memory together
+constexpr int kFactorRows = 128;
+// The first warps of a block multiply, the others work on rows.
+constexpr int kProductThreads = 128, kRowThreads = 32 * kGroup, kLowRankThreads = kProductThreads + kRowThreads;
+constexpr int kProductRegisters = 200, kRowRegisters = 152;  // of a thread
+static_assert(kProductThreads * kProductRegisters + kRowThreads * kRowRegisters <= 65536, "");
 
 struct LowRank {
   const float* particles;  // [M, G, D], 2 <= M <= kLowRankMembers; D and the strides are multiples of 4
   const void* factor;      // [D / 8, K / 8, 8, 8] in float16, K = 128 or 256: tiles of the [D, K] whose unit-fold is F,
-                           // with rows of zeros up to a multiple of kUpColumns
+                           // with rows of zeros up to a multiple of kFactorRows
   float* gradient;         // [M, G, D], contiguous
   float* value;            // []
   float* bandwidth;        // [M, G]
@@ -31,13 +37,13 @@ struct LowRank {
 
 // Where in the workspace is what, in bytes.
 struct LowRankWorkspace {
-  int64_t rows;      // double [blocks, 16]: sums of a block's kernel values
-  int64_t again;     // int: whether provisional norms were not good enough
-  int64_t pairs;     // float [items, kGroup, 64]: distances of pairs without C, and squares of rows behind them
-  int64_t x;         // float [items, kTileRows, K]: contrasts times the factor
-  int64_t weights;   // float [G, 10, 10]: kernel / h, 0 where d = 0
-  int64_t y;         // half [groups of samples, K / 8, kTileRows, 8]: x mixed by them, in units of its row
-  int64_t norms, unit, aligned;  // float [G, 10]: 1 / norm; this unit; the weights' sum over j times (q_i - q_j) s_i
+  int64_t rows;    // double [blocks, 16]: sums of a block's kernel values
+  int64_t again;   // int: whether provisional norms were not good enough
+  int64_t pairs;   // float [items, kGroup, 64]: distances of pairs without C, and squares of rows behind them
+  int64_t x;       // float [items, kTileRows, K]: contrasts times the factor, in the order of place_of_sum
+  int64_t norms;   // float [G, 10]: provisional 1 / norm
+  int64_t y;       // half [groups of samples, K / 8, kTileRows, 8]: x mixed by the weights, in units of its row
+  int64_t mixing;  // float [G, 10, kMixing]: what low_rank_rule.h says
   int64_t size;
 };
 
@@ -45,18 +51,22 @@ struct LowRankWorkspace {
 // such groups than multiprocessors. Blocks take items in turn; all blocks are on the chip at once.
 struct LowRankPlan {
   int blocks, splits, items;
-  int width;  // columns of an item, the last one's may be fewer; a multiple of kUpColumns
+  int width;                     // columns of an item, the last one's may be fewer; a multiple of kColumns
+  float share[kLowRankMembers];  // of row 0 less row m in contrast 0: 1 / (sqrt(M) - M), or 0 where no row is
+  double per_median;             // what a bandwidth has of the sum of the middle two
   LowRankWorkspace at;
 };
 
-constexpr int kDownColumns = 64, kUpColumns = 128;  // that pass through shared memory together
-constexpr int kLowRankShared = 232448;              // bytes that a block may need, all that a multiprocessor of Hopper has
+constexpr int kMixing = 12;             // numbers of a row on the way up, in three vectors
+constexpr int kLowRankShared = 232448;  // bytes that a block may need, all that a multiprocessor of Hopper has
 
 inline LowRankPlan plan(const LowRank& f, int processors) {
-  const int64_t groups = up(f.groups, kGroup), widest = up(f.columns, kUpColumns);
+  const int64_t groups = up(f.groups, kGroup), widest = up(f.columns, kColumns);
   const int64_t wanted = std::clamp<int64_t>(processors / groups, 1, widest);
   LowRankPlan p = {};
-  p.width = int(up(widest, wanted) * kUpColumns);
+  for (int m = 0; m < f.members; ++m) p.share[m] = float(1 / (std::sqrt(double(f.members)) - f.members));
+  p.per_median = 0.5 / f.log_count;
+  p.width = int(up(widest, wanted) * kColumns);
   p.splits = int(up(f.columns, p.width));
   p.items = int(groups * p.splits);
   p.blocks = int(std::min<int64_t>(processors, std::max<int64_t>(p.items, f.groups)));
@@ -67,11 +77,9 @@ inline LowRankPlan plan(const LowRank& f, int processors) {
   at.again = take(4);
   at.pairs = take(int64_t(p.items) * kGroup * 64 * 4);
   at.x = take(int64_t(p.items) * kTileRows * f.rank * 4);
-  at.weights = take(rows * kLowRankMembers * 4);
-  at.y = take(rows * f.rank * 2);
   at.norms = take(rows * 4);
-  at.unit = take(rows * 4);
-  at.aligned = take(rows * 4);
+  at.y = take(rows * f.rank * 2);
+  at.mixing = take(rows * kMixing * 4);
   return p;
 }
 

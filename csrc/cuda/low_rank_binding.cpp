@@ -15,10 +15,11 @@ namespace {
 
 using at::Tensor;
 
-// Rows that begin at multiples of 16 bytes.
+// Rows that lie apart and begin at multiples of 16 bytes.
 Tensor aligned(const Tensor& rows) {
-  const bool apart = rows.stride(2) == 1 && rows.stride(0) % 4 == 0 && rows.stride(1) % 4 == 0;
-  return apart && reinterpret_cast<uintptr_t>(rows.const_data_ptr()) % 16 == 0 ? rows : rows.clone(at::MemoryFormat::Contiguous);
+  const auto apart = [](int64_t stride) { return stride > 0 && stride % 4 == 0; };
+  const bool fits = rows.stride(2) == 1 && apart(rows.stride(0)) && apart(rows.stride(1));
+  return fits && reinterpret_cast<uintptr_t>(rows.const_data_ptr()) % 16 == 0 ? rows : rows.clone(at::MemoryFormat::Contiguous);
 }
 
 // particles [M, G, D], factor [D / 8, K / 8, 8, 8] -> value [], gradient [M, G, D], bandwidth [M, G], distances [M, M, G]
@@ -30,7 +31,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> fused_low_rank(const Tensor& particle
   TORCH_CHECK(members >= 2 && members <= kLowRankMembers, "particles: expected 2 to ", kLowRankMembers, ", got ", members);
   TORCH_CHECK(groups < 1 << 24 && columns < 1 << 30 && columns % 4 == 0, "particles: expected G below 2^24 and D below 2^30, a multiple of 4, got ",
               particles.sizes());
-  const int64_t tiles = up(columns, kUpColumns) * kUpColumns / 8, rank = factor.dim() == 4 ? factor.size(1) * 8 : 0;
+  const int64_t tiles = up(columns, kFactorRows) * kFactorRows / 8, rank = factor.dim() == 4 ? factor.size(1) * 8 : 0;
   TORCH_CHECK((rank == 128 || rank == 256) && factor.sizes() == at::IntArrayRef({tiles, rank / 8, 8, 8}) && factor.is_contiguous() &&
                   reinterpret_cast<uintptr_t>(factor.const_data_ptr()) % 16 == 0,
               "factor: expected [", tiles, ", 16 or 32, 8, 8], contiguous and aligned to 16 bytes, got ", factor.sizes());

@@ -7,8 +7,8 @@
 
 namespace forde_fast {
 
-// The plan for this device: at most one block for each of its multiprocessors. cudaErrorInvalidConfiguration where they have
-// too little shared memory. f.workspace need not be set.
+// The plan for this device: at most one block for each of its multiprocessors. cudaErrorInvalidConfiguration if it is not
+// Hopper, whose instructions the kernel is written in. f.workspace need not be set.
 cudaError_t plan_low_rank(const LowRank& f, int device, LowRankPlan* p);
 
 // One cooperative launch on the stream, without waiting. f.workspace: [p.at.size] bytes.

@@ -1,0 +1,194 @@
+// The way down of low_rank_kernel.h: x^T [K, rows] = F^T [K, D] z^T [D, rows] of contrasts z, and distances without F.
+//
+// A warp for each sample finds its rows' distances from differences and hands contrasts on in float16; the other warps
+// multiply by them, one tile of columns behind, and have rows and F copied.
+#pragma once
+
+#include "low_rank_item.h"
+#include "low_rank_rule.h"
+
+namespace forde_fast {
+
+constexpr int kRowStages = 3;     // one in use, two on their way
+constexpr int kFactorStages = 4;  // besides one of which it is not known yet that it has been multiplied
+
+struct ArrivalsDown {
+  Ring<kRowStages> rows;
+  Ring<kFactorStages> factor;
+};
+
+template <int kRank>
+struct SharedDown {
+  static constexpr int kContrasts = kTileRows * 16 + 16;  // bytes of 8 columns of z: the next ones begin in other banks
+
+  RowTile rows[kRowStages];
+  FactorTile<kRank> factor[kFactorStages];
+  char z[2][kColumns / 8 * kContrasts];
+};
+
+template <int kRank, class Block>
+struct MultiplyDown {
+  const Block& block;
+  const LowRank& f;
+  const LowRankPlan& p;
+  SharedDown<kRank>& shared;
+  ArrivalsDown& arrivals;
+  int turn = 0;  // tiles of the items before
+
+  static constexpr int kTiles = kRank / 64;  // of 64 rows of x^T
+
+  FORDE_INLINE void copy_rows(const Range& own, int tile) const {
+    if (tile >= own.tiles()) return;
+    Arrival* arrival = arrivals.rows.expect(block, turn + tile, sizeof(RowTile));
+    block.copy_rows(shared.rows[(turn + tile) % kRowStages].of[0], own.from + tile * kColumns, own.first, arrival);
+  }
+  FORDE_INLINE void copy_factor(const Range& own, int tile) const {
+    if (tile >= own.tiles()) return;
+    Arrival* arrival = arrivals.factor.expect(block, turn + tile, sizeof(FactorTile<kRank>));
+    shared.factor[(turn + tile) % kFactorStages].copy(block, f, own.from + tile * kColumns, arrival);
+  }
+
+  FORDE_INLINE void multiply(int tile, float (&x)[kTiles][40]) const {
+    const Operand factor{shared.factor[(turn + tile) % kFactorStages].numbers(), 128, kRank * 16};
+    const Operand z{reinterpret_cast<const Half*>(shared.z[tile % 2]), 128, SharedDown<kRank>::kContrasts};
+    block.start_products();
+    FORDE_UNROLL for (int k = 0; k < kColumns; k += 16)
+      FORDE_UNROLL for (int n = 0; n < kTiles; ++n) block.template multiply_add<true>(x[n], factor.from(n * 64, k), z.from(0, k));
+    block.commit_products();
+  }
+
+  FORDE_INLINE void run(int item) {
+    const Range own = range(f, p, item);
+    const int tiles = own.tiles();
+    float x[kTiles][40] = {};
+    if (turn == 0) block.sync();  // arrivals are there
+    if (block.thread() == 0) {    // who wrote the last item's sums
+      for (int n = 0; n < kFactorStages - 2; ++n) copy_rows(own, n), copy_factor(own, n);
+      for (int n = kFactorStages - 2; n < kRowStages; ++n) copy_rows(own, n);
+    }
+    for (int n = 0; n < 2 && n < tiles; ++n) block.arrive(kEmpty + n, kLowRankThreads);
+    FORDE_ROLLED for (int tile = 0; tile < tiles; ++tile) {
+      arrivals.factor.wait(block, turn + tile);
+      block.sync(kFull + tile % 2, kLowRankThreads);  // z is there, its rows were read, all products but the last found
+      multiply(tile, x);
+      if (block.thread() == 0) copy_rows(own, tile + kRowStages), copy_factor(own, tile + kFactorStages - 2);
+      block.template wait_for_products_but<1>();
+      if (tile >= 1 && tile + 1 < tiles) block.arrive(kEmpty + (tile + 1) % 2, kLowRankThreads);
+    }
+    turn += tiles;
+    block.wait_for_products(x);
+    write(item, x);
+  }
+
+  // By shared memory, where F was.
+  FORDE_INLINE void write(int item, const float (&x)[kTiles][40]) const {
+    constexpr int kCount = kTileRows / 2 * 64, kBytes = kCount * sizeof(Two);
+    static_assert(kTiles * kBytes <= sizeof shared.factor, "");
+    const int lane = block.thread() % 32, column = block.thread() / 32 * 16 + lane / 4;  // and 8 more
+    Two* sums = reinterpret_cast<Two*>(shared.factor);
+    char* out = workspace<char>(f, p.at.x) + int64_t(item) * kTiles * kBytes;
+    block.sync(kProductBarrier, kProductThreads);
+    FORDE_UNROLL for (int n = 0; n < kTiles; ++n, sums += kCount, out += kBytes) {
+      FORDE_UNROLL for (int half = 0; half < 2; ++half) {
+        Two* own = sums + place_of_sum(lane % 4, column + half * 8);
+        FORDE_UNROLL for (int k = 0; k < 10; ++k)  // of each eight rows lane % 4 * 2 and the next
+          own[k * 4 * 64] = {{x[n][4 * k + 2 * half], x[n][4 * k + 2 * half + 1]}};
+      }
+      block.fence();
+      block.sync(kProductBarrier, kProductThreads);
+      if (block.thread() == 0) block.write(out, sums, kBytes);
+    }
+    if (block.thread() == 0) block.wait_for_writes();
+  }
+};
+
+template <int kRank, class Block>
+struct RowsDown {
+  const Block& block;
+  const LowRank& f;
+  const LowRankPlan& p;
+  SharedDown<kRank>& shared;
+  ArrivalsDown& arrivals;
+  int turn = 0;
+  RowWarps<Block> warps{block};
+
+  static constexpr int kRows = kLowRankMembers, kPairs = kLowRankPairs;
+
+  // A lane's part of the squares of a sample's rows: of eight columns at each of 16 places or, if `exact`, of all.
+  FORDE_INLINE void add_squares(const float* rows, bool exact, float (&x)[kRows]) const {
+    const int columns = int(f.columns), sampled = warps.lane() / 2 * (columns / 16) / 4 * 4 + warps.lane() % 2 * 4;
+    const int first = exact ? 4 * warps.lane() : sampled < columns ? sampled : 0, last = exact ? columns : first + 1;
+    FORDE_ROLLED for (int k = first; k < last; k += 128) {
+      Four v[kRows];
+      FORDE_UNROLL for (int m = 0; m < kRows; ++m) v[m] = load_four(rows + (m < f.members ? m : 0) * f.stride_m + k);
+      FORDE_UNROLL for (int m = 0; m < kRows; ++m)
+        FORDE_UNROLL for (int n = 0; n < 4; ++n) x[m] = multiply_add(v[m].of[n], v[m].of[n], x[m]);
+    }
+  }
+
+  // 1 / norm of the sample's rows, from these squares, times the unit of contrasts.
+  FORDE_INLINE void find_norms(int item, bool there, bool exact, const float (&x)[kRows], float (&r)[kRows]) const {
+    float total[1];
+    add_over_warp(block, x, total);
+    const float norm = sqrtf(float(f.eps) + total[0]) * (exact ? 1 : sqrtf(float(f.columns) / 128));
+    const bool own_row = there && warps.lane() < f.members;
+    const float own = own_row ? norm < INFINITY ? 1 / norm : NAN : 0;  // a row that overflowed is not one of zeros
+    if (warps.lane() < kRows && item % p.splits == 0)
+      workspace<float>(f, p.at.norms)[int64_t(item / p.splits * kGroup + warps.warp()) * kRows + warps.lane()] = own;
+    FORDE_UNROLL for (int m = 0; m < kRows; ++m) r[m] = block.from_lane(own, m) * kHalfUnit;
+  }
+
+  FORDE_INLINE void load(int tile, Two (&rows)[kRows]) const {
+    arrivals.rows.wait(block, turn + tile);
+    const float* from = shared.rows[(turn + tile) % kRowStages].of[warps.warp() * kRows] + 2 * warps.lane();
+    FORDE_UNROLL for (int m = 0; m < kRows; ++m) rows[m] = load_two(from + m * kColumns);
+  }
+
+  // Two columns of the sample for each lane: their part of the distances, and their contrasts: of row m > 0 what it has
+  // beyond c, which is contrast 0.
+  FORDE_INLINE void add_pairs(const Two (&rows)[kRows], const float (&r)[kRows], float (&sums)[kPairs + kRows], TwoHalves (&z)[kRows]) const {
+    float s[2][kRows], total[2] = {};
+    FORDE_UNROLL for (int m = 0; m < kRows; ++m)
+      FORDE_UNROLL for (int v = 0; v < 2; ++v) s[v][m] = rows[m].of[v] * r[m];
+    FORDE_UNROLL for (int i = 0; i < kRows; ++i)
+      FORDE_UNROLL for (int j = i + 1; j < kRows; ++j)
+        FORDE_UNROLL for (int v = 0; v < 2; ++v) {
+          const float difference = s[v][i] - s[v][j];
+          sums[pair(i, j)] = multiply_add(difference, difference, sums[pair(i, j)]);
+          if (i == 0) total[v] = multiply_add(p.share[j], difference, total[v]);
+        }
+    FORDE_UNROLL for (int m = 0; m < kRows; ++m)
+      FORDE_UNROLL for (int v = 0; v < 2; ++v) sums[kPairs + m] = multiply_add(s[v][m], s[v][m], sums[kPairs + m]);
+    const float c[2] = {s[0][0] + total[0], s[1][0] + total[1]};
+    z[0] = {{to_half(c[0]), to_half(c[1])}};
+    FORDE_UNROLL for (int m = 1; m < kRows; ++m) z[m] = {{to_half(s[0][m] - c[0]), to_half(s[1][m] - c[1])}};
+  }
+
+  FORDE_INLINE void run(int item, bool exact) {
+    warps.forget();
+    const Range own = range(f, p, item);
+    const bool there = own.first + warps.warp() < f.groups;
+    float squares[kRows] = {}, r[kRows], sums[kPairs + kRows] = {};
+    if (there) add_squares(f.particles + (own.first + warps.warp()) * f.stride_g, exact, squares);
+    if (turn == 0) block.sync();  // arrivals are there
+    find_norms(item, there, exact, squares, r);
+    Two rows[kRows];
+    FORDE_ROLLED for (int tile = 0; tile < own.tiles(); ++tile) {
+      TwoHalves z[kRows];
+      load(tile, rows);
+      add_pairs(rows, r, sums, z);
+      block.sync(kEmpty + tile % 2, kLowRankThreads);
+      char* out = shared.z[tile % 2] + warps.lane() / 4 * SharedDown<kRank>::kContrasts + warps.warp() * kRows * 16 + warps.lane() % 4 * 4;
+      FORDE_UNROLL for (int m = 0; m < kRows; ++m) *reinterpret_cast<TwoHalves*>(out + m * 16) = z[m];
+      block.fence();
+      block.arrive(kFull + tile % 2, kLowRankThreads);
+    }
+    turn += own.tiles();
+    float totals[2];
+    add_over_warp(block, sums, totals);
+    FORDE_UNROLL for (int part = 0; part < 2; ++part)
+      workspace<float>(f, p.at.pairs)[(int64_t(item) * kGroup + warps.warp()) * 64 + part * 32 + warps.lane()] = totals[part] / (kHalfUnit * kHalfUnit);
+  }
+};
+
+}  // namespace forde_fast

@@ -1,0 +1,93 @@
+// What the stages of low_rank_kernel.h have in common: an item's place, and how the warps wait for each other.
+#pragma once
+
+#include "block_steps.h"
+#include "half.h"
+#include "low_rank.h"
+
+namespace forde_fast {
+
+// Barriers of some of a block's warps. Of a pair, a buffer is filled and emptied in turn: who is done with it arrives,
+// who wants it waits.
+constexpr int kProductBarrier = 1, kRowBarrier = 2, kFull = 3, kEmpty = 5;
+
+template <class T>
+FORDE_INLINE T* workspace(const LowRank& f, int64_t offset) {
+  return reinterpret_cast<T*>(f.workspace + offset);
+}
+
+// The warps that work on rows, as a block of their own.
+template <class Block>
+struct RowWarps {
+  const Block& block;
+  int own = block.thread() - kProductThreads;
+
+  FORDE_INLINE int thread() const { return own; }
+  // Nothing that was found from `thread` before stays in registers, of which there are none to spare.
+  FORDE_INLINE void forget() { own = block.anew(own); }
+  FORDE_INLINE int warp() const { return thread() / 32; }
+  FORDE_INLINE int lane() const { return thread() % 32; }
+  FORDE_INLINE int index() const { return block.index(); }
+  FORDE_INLINE int blocks() const { return block.blocks(); }
+  FORDE_INLINE void sync() const { block.sync(kRowBarrier, kRowThreads); }
+  template <class T>
+  FORDE_INLINE T shuffle(T x, int mask) const {
+    return block.shuffle(x, mask);
+  }
+};
+
+// The columns of an item, and its first sample.
+struct Range {
+  int from, count, first;
+
+  FORDE_INLINE int tiles() const { return (count + kColumns - 1) / kColumns; }
+};
+
+FORDE_INLINE Range range(const LowRank& f, const LowRankPlan& p, int item) {
+  const int from = item % p.splits * p.width, rest = int(f.columns) - from;
+  return {from, rest < p.width ? rest : p.width, item / p.splits * kGroup};
+}
+
+// A ring of kStages buffers that copies fill in turn, one thread asking for them.
+template <int kStages>
+struct Ring {
+  Arrival arrivals[kStages];
+
+  template <class Block>
+  FORDE_INLINE void init(const Block& block) {
+    for (Arrival& arrival : arrivals) block.init(&arrival);
+  }
+  template <class Block>
+  FORDE_INLINE Arrival* expect(const Block& block, int turn, int bytes) {
+    block.expect(&arrivals[turn % kStages], bytes);
+    return &arrivals[turn % kStages];
+  }
+  template <class Block>
+  FORDE_INLINE void wait(const Block& block, int turn) {
+    block.wait(&arrivals[turn % kStages], turn / kStages % 2);
+  }
+};
+
+// A tile of columns of the factor in shared memory: tiles of 8 columns by 8 ranks, [kColumns / 8, K / 8], as in memory.
+template <int kRank>
+struct FactorTile {
+  char of[kColumns * kRank * 2];
+
+  template <class Block>
+  FORDE_INLINE void copy(const Block& block, const LowRank& f, int column, Arrival* arrival) {
+    block.copy(of, static_cast<const char*>(f.factor) + int64_t(column) * (kRank * 2), sizeof of, arrival);
+  }
+  FORDE_INLINE const Half* numbers() const { return reinterpret_cast<const Half*>(of); }
+};
+
+// And of the rows of kGroup samples; zeros where there are none.
+struct RowTile {
+  float of[kTileRows][kColumns];
+};
+
+// Where in an item's x is a column of two rows: [K / 64, kTileRows / 2, 64], in different banks by a column's last bits.
+FORDE_INLINE int place_of_sum(int pair, int column) {
+  return (column / 64 * (kTileRows / 2) + pair) * 64 + (column % 64 ^ (pair % 4 * 4));
+}
+
+}  // namespace forde_fast

@@ -1,0 +1,188 @@
+// The way up of low_rank_kernel.h: gradient^T [D, rows] = F [D, K] y^T [K, rows] and the tail's part, from the rows.
+//
+// The warps that multiply have rows and F copied, and leave a tile's products where its rows were. Of the others each
+// half has every second tile, and a warp two samples: it mixes the tail's part meanwhile and writes both.
+#pragma once
+
+#include "low_rank_item.h"
+#include "low_rank_rule.h"
+
+namespace forde_fast {
+
+struct ArrivalsUp {
+  Ring<4> rows;    // of each half of the warps one in use, one on its way
+  Ring<3> factor;  // one being multiplied, two on their way
+};
+
+template <int kRank>
+struct SharedUp {
+  RowTile rows[4];
+  FactorTile<kRank> factor[3];
+  char y[kTileRows * kRank * 2];
+  float mixing[kGroup][kLowRankMembers][kMixing];  // of low_rank_rule.h, with their scale
+};
+
+constexpr int kHalfThreads = kProductThreads + kRowThreads / 2;  // that wait for each other's products or rows
+
+template <int kRank, class Block>
+struct MultiplyUp {
+  const Block& block;
+  const LowRank& f;
+  const LowRankPlan& p;
+  SharedUp<kRank>& shared;
+  ArrivalsUp& arrivals;
+  int row_turn = 0, factor_turn = 0;  // tiles before
+
+  FORDE_INLINE void copy_rows(const Range& own, int tile) const {
+    if (tile >= own.tiles()) return;
+    Arrival* arrival = arrivals.rows.expect(block, row_turn + tile, sizeof(RowTile));
+    block.copy_rows(shared.rows[(row_turn + tile) % 4].of[0], own.from + tile * kColumns, own.first, arrival);
+  }
+  FORDE_INLINE void copy_factor(const Range& own, int tile) const {
+    if (tile >= own.tiles()) return;
+    Arrival* arrival = arrivals.factor.expect(block, factor_turn + tile, sizeof(FactorTile<kRank>));
+    shared.factor[(factor_turn + tile) % 3].copy(block, f, own.from + tile * kColumns, arrival);
+  }
+
+  // These need not wait for the rule.
+  FORDE_INLINE void start(int item) const {
+    if (item >= p.items || block.thread() != 0) return;
+    const Range own = range(f, p, item);
+    for (int n = 0; n < 2; ++n) copy_rows(own, n), copy_factor(own, n);
+    for (int n = 2; n < 4; ++n) copy_rows(own, n);
+  }
+  // Nothing of this is on its way any more.
+  FORDE_INLINE void drop(int item) {
+    if (item >= p.items) return;
+    const int tiles = range(f, p, item).tiles(), rows = tiles < 4 ? tiles : 4, factors = tiles < 2 ? tiles : 2;
+    for (int n = 0; n < rows; ++n) arrivals.rows.wait(block, row_turn++);
+    for (int n = 0; n < factors; ++n) arrivals.factor.wait(block, factor_turn++);
+  }
+
+  FORDE_INLINE void load_mixed(int item) const {
+    constexpr int kCount = kTileRows * kRank / 8 / kProductThreads;
+    const Four* from = workspace<Four>(f, p.at.y) + (int64_t(item / p.splits) * kCount) * kProductThreads + block.thread();
+    Four y[kCount];
+    FORDE_UNROLL for (int n = 0; n < kCount; ++n) y[n] = from[n * kProductThreads];
+    FORDE_UNROLL for (int n = 0; n < kCount; ++n) reinterpret_cast<Four*>(shared.y)[n * kProductThreads + block.thread()] = y[n];
+    block.fence();
+  }
+
+  FORDE_INLINE void run(int item) {
+    const Range own = range(f, p, item);
+    const Operand y{reinterpret_cast<const Half*>(shared.y), 128, kTileRows * 16};
+    load_mixed(item);
+    FORDE_ROLLED for (int tile = 0; tile < own.tiles(); ++tile) {
+      float out[1][40] = {};
+      const Operand factor{shared.factor[(factor_turn + tile) % 3].numbers(), kRank * 16, 128};
+      arrivals.factor.wait(block, factor_turn + tile);
+      block.sync(kProductBarrier, kProductThreads);  // y is there, and the last tile's products have been found
+      block.start_products();
+      FORDE_UNROLL for (int k = 0; k < kRank; k += 16) block.template multiply_add<false>(out[0], factor.from(0, k), y.from(0, k));
+      block.commit_products();
+      if (block.thread() == 0) copy_factor(own, tile + 2);
+      block.wait_for_products(out);
+      block.sync(kEmpty + tile % 2, kHalfThreads);  // its rows have been read, and the products two tiles before
+      if (tile >= 2 && block.thread() == 0) copy_rows(own, tile + 2);
+      leave(shared.rows[(row_turn + tile) % 4], out[0]);
+      block.arrive(kFull + tile % 2, kHalfThreads);
+    }
+    row_turn += own.tiles(), factor_turn += own.tiles();
+  }
+
+  // Of each eight rows lane % 4 * 2 and the next; in different banks by the last bits of a column.
+  FORDE_INLINE void leave(RowTile& tile, const float (&out)[40]) const {
+    const int lane = block.thread() % 32, row = lane % 4 * 2, column = block.thread() / 32 * 16 + lane / 4;  // and 8 more
+    FORDE_UNROLL for (int half = 0; half < 2; ++half) {
+      float* own = &tile.of[row][(column + half * 8) ^ (lane % 4 * 8)];
+      FORDE_UNROLL for (int k = 0; k < 20; ++k) own[(k / 2 * 8 + k % 2) * kColumns] = out[k / 2 * 4 + half * 2 + k % 2];
+    }
+    block.fence();
+  }
+};
+
+template <int kRank, class Block>
+struct RowsUp {
+  const Block& block;
+  const LowRank& f;
+  const LowRankPlan& p;
+  SharedUp<kRank>& shared;
+  ArrivalsUp& arrivals;
+  int turn = 0;
+  RowWarps<Block> warps{block};
+
+  static constexpr int kRows = kLowRankMembers;
+
+  FORDE_INLINE void drop(int item) {
+    if (item >= p.items) return;
+    const int tiles = range(f, p, item).tiles();
+    turn += tiles < 4 ? tiles : 4;
+  }
+
+  // A row of `mixing` for each of the first threads; zeros where there is no such row.
+  struct Mixing {
+    Four of[kMixing / 4];
+  };
+  FORDE_INLINE Mixing load_mixing(int item) const {
+    const int row = warps.thread(), i = row % kRows, sample = range(f, p, item).first + row / kRows;
+    Mixing mixing = {};
+    if (item < p.items && row < kTileRows && i < f.members && sample < f.groups)
+      FORDE_UNROLL for (int n = 0; n < kMixing / 4; ++n)
+        mixing.of[n] = load_four(workspace<float>(f, p.at.mixing) + (int64_t(sample) * kRows + i) * kMixing + 4 * n);
+    return mixing;
+  }
+  FORDE_INLINE void scale_mixing(Mixing& mixing, const float* scale) const {
+    const int row = warps.thread(), i = row % kRows;
+    if (row >= kTileRows) return;
+    const float r = mixing.of[2].of[3], own = i < f.members ? scale[i] * r : 0;
+    FORDE_UNROLL for (int n = 0; n < kMixing; ++n) mixing.of[n / 4].of[n % 4] *= own;
+    mixing.of[2].of[3] = r;
+    FORDE_UNROLL for (int n = 0; n < kMixing / 4; ++n) store_four(&shared.mixing[row / kRows][i][4 * n], mixing.of[n]);
+  }
+
+  // A row's four columns for each lane: the tail's part and the product. s: row 0 and differences to it.
+  FORDE_INLINE Four mix(const float* mixing, const Four (&s)[kRows], const Four& product) const {
+    Four own, weights[kMixing / 4];
+    FORDE_UNROLL for (int n = 0; n < kMixing / 4; ++n) weights[n] = load_four(mixing + 4 * n);
+    FORDE_UNROLL for (int v = 0; v < 4; ++v) own.of[v] = weights[0].of[0] * s[0].of[v];
+    FORDE_UNROLL for (int n = 1; n < kRows; ++n)
+      FORDE_UNROLL for (int v = 0; v < 4; ++v) own.of[v] = multiply_add(weights[n / 4].of[n % 4], s[n].of[v], own.of[v]);
+    FORDE_UNROLL for (int v = 0; v < 4; ++v) own.of[v] = multiply_add(product.of[v], weights[kRows / 4].of[kRows % 4], own.of[v]);
+    return own;
+  }
+
+  // A loop over rows that is not unrolled: its code is short, as it is cold.
+  FORDE_INLINE void run(int item) {
+    warps.forget();
+    const Range own = range(f, p, item);
+    const int half = warps.warp() / 4, place = warps.warp() % 4 * 2 + warps.lane() / 16, column = warps.lane() % 16 * 4;
+    const float* mixing = shared.mixing[place][0];
+    const int64_t sample = own.first + place, next = f.groups * f.columns;
+    FORDE_ROLLED for (int tile = half; tile < own.tiles(); tile += 2) {
+      const float* rows = shared.rows[(turn + tile) % 4].of[place * kRows];
+      Four s[kRows];
+      arrivals.rows.wait(block, turn + tile);
+      FORDE_UNROLL for (int m = 0; m < kRows; ++m) s[m] = load_four(rows + m * kColumns + column);
+      block.arrive(kEmpty + half, kHalfThreads);
+      FORDE_UNROLL for (int m = 0; m < kRows; ++m)
+        FORDE_UNROLL for (int v = 0; v < 4; ++v) {
+          s[m].of[v] *= mixing[m * kMixing + kMixing - 1];
+          if (m > 0) s[m].of[v] -= s[0].of[v];
+        }
+      const int k = tile * kColumns + column;
+      const bool there = sample < f.groups && k < own.count;
+      float* to = f.gradient + (there ? sample * f.columns + own.from + k : 0);
+      block.sync(kFull + half, kHalfThreads);
+      FORDE_ROLLED for (int i = 0; i < f.members; i += 2, to += 2 * next) {
+        const float* products = rows + i * kColumns + (column ^ ((place * (kRows / 2) + i / 2) % 4 * 8));
+        const Four one = mix(mixing + i * kMixing, s, load_four(products));
+        const Four other = mix(mixing + (i + 1) * kMixing, s, load_four(products + kColumns));
+        if (there) store_four(to, one);
+        if (there && i + 1 < f.members) store_four(to + next, other);
+      }
+    }
+    turn += own.tiles();
+  }
+};
+
+}  // namespace forde_fast
