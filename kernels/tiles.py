@@ -12,9 +12,10 @@ import triton
 # programs of four warps fit a multiprocessor, also where the rows of a block have their sums beside them.
 ROWS_AT_ONCE, CONTRASTS_BLOCK, COMBINE_BLOCK = 16, 8, 8
 
-# Four programs for each multiprocessor of the largest chips. D is split over programs where there are few samples
-# and a program alone with its sample would take longer than the launches that it saves.
-PROGRAMS = 528
+# Two programs, one after the other, for each multiprocessor of the largest chips: one program's sums fill it. D is split
+# over programs where there are few samples and a program alone with its sample would take longer than the launches that
+# it saves.
+PROGRAMS = 264
 FEW_SAMPLES, MANY_COLUMNS = 128, 8192
 
 # More than a cache keeps from one pass to the next: from here on, particles are not read for their norms alone.
