@@ -12,9 +12,9 @@ import triton
 # programs of four warps fit a multiprocessor, also where the rows of a block have their sums beside them.
 ROWS_AT_ONCE, CONTRASTS_BLOCK, COMBINE_BLOCK = 16, 8, 8
 
-# Two programs, one after the other, for each multiprocessor of the largest chips: one program's sums fill it. D is split
-# over programs where there are few samples and a program alone with its sample would take longer than the launches that
-# it saves.
+# Two programs, one after the other, for each multiprocessor of the largest chips: the sums of one fill it. D is split
+# over programs where there are few samples, and a program alone with its sample would take longer than the launches
+# that it saves.
 PROGRAMS = 264
 FEW_SAMPLES, MANY_COLUMNS = 128, 8192
 
