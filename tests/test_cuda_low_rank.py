@@ -252,10 +252,11 @@ def test_sizes_are_those_of_the_header():
 @pytest.mark.parametrize("shape", [*SHAPES, (10, 128, 3072, 256), (10, 300, 520, 40)], ids=str)
 def test_gpu_within_the_budget_of_errors(shape):
     """Of the value, one number of a draw, a few draws say little: by 16 it is as plain PyTorch's."""
-    scale = make_pca(shape[2], shape[3], 0.01)
-    for case in CASES if shape[1] < 20 else ("random", "duplicate"):
-        for what, found in compare("cuda", case, shape[:3], F32, scale, 16, "cuda", precision="tf32").items():
-            assert found.within, f"{what} of {case}: {found}"
+    scale, few = make_pca(shape[2], shape[3], 0.01), shape[1] < 20
+    for case in CASES if few else ("random", "duplicate"):
+        found = compare("cuda", case, shape[:3], F32, scale, 16 if few else 6, "cuda", precision="tf32")
+        for what, errors in found.items():
+            assert errors.within, f"{what} of {case}: {errors}"
 
 
 @gpu
