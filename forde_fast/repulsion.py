@@ -117,7 +117,7 @@ def repulsion(
     name, implementation = _choose(backend, particles, others, lengthscale, normalize, eps, precision)
     check_bandwidth(bandwidth, particles if others is None else others)
     half = None
-    # for "auto" too: low ranks take 20 to 36 % less than by Triton (bench/gpu.md)
+    # for "auto" too: low ranks take half the time that they take by Triton (bench/gpu.md)
     if name == "cuda" or (backend == "auto" and name == "triton" and not operators.UNUSABLE["cuda"]):
         fits = others is None and _is_default(bandwidth)
         half = _half_factor(particles, lengthscale, normalize, precision) if fits else None
