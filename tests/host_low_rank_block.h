@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <map>
+#include <stdexcept>
 
 #include "../csrc/cuda/low_rank.h"
 #include "host_block.h"
@@ -49,7 +50,10 @@ struct LowRankHostBlock : HostBlock<forde_fast::kLowRankThreads> {
 
   // Copies come as late as the kernel allows, when they are waited for, or if `early` at once.
   void init(Arrival* arrival) const { own.arrivals[arrival] = {}; }
-  void expect(Arrival* arrival, int bytes) const { own.arrivals.at(arrival).bytes = bytes; }
+  void expect(Arrival* arrival, int bytes) const {
+    if (own.arrivals.at(arrival).bytes) throw std::logic_error("copies to where others are on their way");
+    own.arrivals.at(arrival).bytes = bytes;
+  }
   void wait(Arrival* arrival, int phase) const {
     auto& at = own.arrivals.at(arrival);
     if (at.phase % 2 != phase) return;

@@ -204,17 +204,21 @@ PLANS = {  # processors, samples, columns -> blocks, splits, items
     (3, 8, 260): (3, 3, 3),  # one group, its columns in three pieces
     (4, 16, 1000): (4, 2, 4),
     (2, 3, 260): (2, 2, 2),
+    (10, 8, 260): (8, 5, 5),  # blocks that have a sample's rule, but no columns
 }
 
 
 @pytest.mark.parametrize(("chip", "expected"), PLANS.items(), ids=str)
 def test_every_plan(chip, expected, host):
-    """The same sums, in whatever pieces; of rows that are padded too."""
+    """The same sums, in whatever pieces; of rows that are padded too, and of such as are gone down with twice."""
     host.processors, groups, columns = chip
     scale, particles = make_pca(columns, 30, 0.01), torch.randn(4, groups, columns)
     padded = torch.full((4, groups + 1, columns + 8), math.nan)[:, 1:, 8:]
-    for rows in (particles, padded.copy_(particles)):
-        assert within(scale, (ff.repulsion(rows, scale, backend="cuda"), particles))
+    misleading = particles.clone()
+    misleading[1][..., sampled(columns)] = 0
+    for rows in (particles, padded.copy_(particles), misleading):
+        exact = particles if rows is padded else rows
+        assert within(scale, (ff.repulsion(rows, scale, backend="cuda"), exact))
     assert host.plans == {expected}
 
 

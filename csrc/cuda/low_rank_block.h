@@ -16,7 +16,8 @@ struct LowRankBlock : DeviceBlock {
 
   __device__ explicit LowRankBlock(const CUtensorMap& rows) : rows(rows) {}
 
-  using DeviceBlock::sync;
+  // Of all threads, wherever in the code they are.
+  __device__ void sync() const { asm volatile("barrier.sync 0;" ::: "memory"); }
   static __device__ uint32_t in_shared(const void* at) { return uint32_t(__cvta_generic_to_shared(at)); }
   // Barriers 1 to 15 are for so many threads, of which some only arrive and go on.
   __device__ void sync(int barrier, int threads) const { asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory"); }
