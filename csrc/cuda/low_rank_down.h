@@ -38,14 +38,10 @@ struct MultiplyDown {
   static constexpr int kTiles = kRank / 64;  // of 64 rows of x^T
 
   FORDE_INLINE void copy_rows(const Range& own, int tile) const {
-    if (tile >= own.tiles()) return;
-    Arrival* arrival = arrivals.rows.expect(block, turn + tile, sizeof(RowTile));
-    block.copy_rows(shared.rows[(turn + tile) % kRowStages].of[0], own.from + tile * kColumns, own.first, arrival);
+    forde_fast::copy_rows(block, arrivals.rows, shared.rows, own, turn, tile);
   }
   FORDE_INLINE void copy_factor(const Range& own, int tile) const {
-    if (tile >= own.tiles()) return;
-    Arrival* arrival = arrivals.factor.expect(block, turn + tile, sizeof(FactorTile<kRank>));
-    shared.factor[(turn + tile) % kFactorStages].copy(block, f, own.from + tile * kColumns, arrival);
+    forde_fast::copy_factor(block, f, arrivals.factor, shared.factor, own, turn, tile);
   }
 
   FORDE_INLINE void multiply(int tile, float (&x)[kTiles][40]) const {

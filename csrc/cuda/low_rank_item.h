@@ -73,10 +73,6 @@ template <int kRank>
 struct FactorTile {
   char of[kColumns * kRank * 2];
 
-  template <class Block>
-  FORDE_INLINE void copy(const Block& block, const LowRank& f, int column, Arrival* arrival) {
-    block.copy(of, static_cast<const char*>(f.factor) + int64_t(column) * (kRank * 2), sizeof of, arrival);
-  }
   FORDE_INLINE const Half* numbers() const { return reinterpret_cast<const Half*>(of); }
 };
 
@@ -84,6 +80,22 @@ struct FactorTile {
 struct RowTile {
   float of[kTileRows][kColumns];
 };
+
+// A tile of an item to where it comes in its ring, behind `turn` tiles of items before; none behind the item's last.
+template <int kStages, class Block>
+FORDE_INLINE void copy_rows(const Block& block, Ring<kStages>& ring, RowTile (&tiles)[kStages], const Range& own, int turn, int tile) {
+  if (tile >= own.tiles()) return;
+  Arrival* arrival = ring.expect(block, turn + tile, sizeof(RowTile));
+  block.copy_rows(tiles[(turn + tile) % kStages].of[0], own.from + tile * kColumns, own.first, arrival);
+}
+template <int kStages, int kRank, class Block>
+FORDE_INLINE void copy_factor(const Block& block, const LowRank& f, Ring<kStages>& ring, FactorTile<kRank> (&tiles)[kStages], const Range& own,
+                              int turn, int tile) {
+  if (tile >= own.tiles()) return;
+  Arrival* arrival = ring.expect(block, turn + tile, sizeof(FactorTile<kRank>));
+  const int64_t from = int64_t(own.from + tile * kColumns) * (kRank * 2);
+  block.copy(tiles[(turn + tile) % kStages].of, static_cast<const char*>(f.factor) + from, sizeof(FactorTile<kRank>), arrival);
+}
 
 // Where in an item's x is a column of two rows: [K / 64, kTileRows / 2, 64], in different banks by a column's last bits.
 FORDE_INLINE int place_of_sum(int pair, int column) {

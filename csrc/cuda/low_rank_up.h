@@ -34,14 +34,10 @@ struct MultiplyUp {
   int row_turn = 0, factor_turn = 0;  // tiles before
 
   FORDE_INLINE void copy_rows(const Range& own, int tile) const {
-    if (tile >= own.tiles()) return;
-    Arrival* arrival = arrivals.rows.expect(block, row_turn + tile, sizeof(RowTile));
-    block.copy_rows(shared.rows[(row_turn + tile) % 4].of[0], own.from + tile * kColumns, own.first, arrival);
+    forde_fast::copy_rows(block, arrivals.rows, shared.rows, own, row_turn, tile);
   }
   FORDE_INLINE void copy_factor(const Range& own, int tile) const {
-    if (tile >= own.tiles()) return;
-    Arrival* arrival = arrivals.factor.expect(block, factor_turn + tile, sizeof(FactorTile<kRank>));
-    shared.factor[(factor_turn + tile) % 3].copy(block, f, own.from + tile * kColumns, arrival);
+    forde_fast::copy_factor(block, f, arrivals.factor, shared.factor, own, factor_turn, tile);
   }
 
   // These need not wait for the rule.
