@@ -194,7 +194,7 @@ def test_shapes_for_tracing(host):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", [*SHAPES, (1, 5, 300)], ids=str)
 def test_gpu_within_the_budget_of_errors(shape, kind):
-    """Products in float32, as plain PyTorch's are on the CPU; of tf32 see test_precision.py."""
+    """Products in float32, as plain PyTorch's are on the CPU."""
     for case in CASES:
         for dtype in (F32, BF16, F64):
             scale = KINDS[kind](shape[2])

@@ -46,7 +46,5 @@ struct Operand {
 FORDE_INLINE Four load_four(const float* from) { return *reinterpret_cast<const Four*>(from); }
 FORDE_INLINE Two load_two(const float* from) { return *reinterpret_cast<const Two*>(from); }
 FORDE_INLINE void store_four(float* to, const Four& x) { *reinterpret_cast<Four*>(to) = x; }
-FORDE_INLINE void store_two(float* to, float a, float b) { *reinterpret_cast<Two*>(to) = {{a, b}}; }
-FORDE_INLINE void store_two(Half* to, float a, float b) { *reinterpret_cast<TwoHalves*>(to) = {{to_half(a), to_half(b)}}; }
 
 }  // namespace forde_fast

@@ -9,15 +9,18 @@
 
 namespace forde_fast {
 
+constexpr int kRowStagesUp = 4;     // of each half of the warps one in use, one on its way
+constexpr int kFactorStagesUp = 3;  // one being multiplied, two on their way
+
 struct ArrivalsUp {
-  Ring<4> rows;    // of each half of the warps one in use, one on its way
-  Ring<3> factor;  // one being multiplied, two on their way
+  Ring<kRowStagesUp> rows;
+  Ring<kFactorStagesUp> factor;
 };
 
 template <int kRank>
 struct SharedUp {
-  RowTile rows[4];
-  FactorTile<kRank> factor[3];
+  RowTile rows[kRowStagesUp];
+  FactorTile<kRank> factor[kFactorStagesUp];
   char y[kTileRows * kRank * 2];
   float mixing[kGroup][kLowRankMembers][kMixing];  // of low_rank_rule.h, with their scale
 };
@@ -44,13 +47,15 @@ struct MultiplyUp {
   FORDE_INLINE void start(int item) const {
     if (item >= p.items || block.thread() != 0) return;
     const Range own = range(f, p, item);
-    for (int n = 0; n < 2; ++n) copy_rows(own, n), copy_factor(own, n);
-    for (int n = 2; n < 4; ++n) copy_rows(own, n);
+    for (int n = 0; n < kFactorStagesUp - 1; ++n) copy_rows(own, n), copy_factor(own, n);
+    for (int n = kFactorStagesUp - 1; n < kRowStagesUp; ++n) copy_rows(own, n);
   }
   // Nothing of this is on its way any more.
   FORDE_INLINE void drop(int item) {
     if (item >= p.items) return;
-    const int tiles = range(f, p, item).tiles(), rows = tiles < 4 ? tiles : 4, factors = tiles < 2 ? tiles : 2;
+    constexpr int kFactors = kFactorStagesUp - 1;
+    const int tiles = range(f, p, item).tiles();
+    const int rows = tiles < kRowStagesUp ? tiles : kRowStagesUp, factors = tiles < kFactors ? tiles : kFactors;
     for (int n = 0; n < rows; ++n) arrivals.rows.wait(block, row_turn++);
     for (int n = 0; n < factors; ++n) arrivals.factor.wait(block, factor_turn++);
   }
@@ -70,7 +75,7 @@ struct MultiplyUp {
     load_mixed(item);
     FORDE_ROLLED for (int tile = 0; tile < own.tiles(); ++tile) {
       float out[1][40] = {};
-      const Operand factor{shared.factor[(factor_turn + tile) % 3].numbers(), kRank * 16, 128};
+      const Operand factor{shared.factor[(factor_turn + tile) % kFactorStagesUp].numbers(), kRank * 16, 128};
       arrivals.factor.wait(block, factor_turn + tile);
       block.sync(kProductBarrier, kProductThreads);  // y is there, and the last tile's products have been found
       block.start_products();
@@ -80,7 +85,7 @@ struct MultiplyUp {
       block.wait_for_products(out);
       block.sync(kEmpty + tile % 2, kHalfThreads);  // its rows have been read, and the products two tiles before
       if (tile >= 2 && block.thread() == 0) copy_rows(own, tile + 2);
-      leave(shared.rows[(row_turn + tile) % 4], out[0]);
+      leave(shared.rows[(row_turn + tile) % kRowStagesUp], out[0]);
       block.arrive(kFull + tile % 2, kHalfThreads);
     }
     row_turn += own.tiles(), factor_turn += own.tiles();
@@ -112,7 +117,7 @@ struct RowsUp {
   FORDE_INLINE void drop(int item) {
     if (item >= p.items) return;
     const int tiles = range(f, p, item).tiles();
-    turn += tiles < 4 ? tiles : 4;
+    turn += tiles < kRowStagesUp ? tiles : kRowStagesUp;
   }
 
   // A row of `mixing` for each of the first threads; zeros where there is no such row.
@@ -155,7 +160,7 @@ struct RowsUp {
     const float* mixing = shared.mixing[place][0];
     const int64_t sample = own.first + place, next = f.groups * f.columns;
     FORDE_ROLLED for (int tile = half; tile < own.tiles(); tile += 2) {
-      const float* rows = shared.rows[(turn + tile) % 4].of[place * kRows];
+      const float* rows = shared.rows[(turn + tile) % kRowStagesUp].of[place * kRows];
       Four s[kRows];
       arrivals.rows.wait(block, turn + tile);
       FORDE_UNROLL for (int m = 0; m < kRows; ++m) s[m] = load_four(rows + m * kColumns + column);
