@@ -102,13 +102,21 @@ def _add_splits(parts, ACC, finish="", eps=0.0, symmetric=False, repair=None):
     """
     if parts.shape[0] == 1 and repair is None:
         return parts[0]
+    if repair is not None:
+        repair = repair[0][None], repair[1]
+    return _add_stacks(parts[None], ACC, finish, eps, symmetric, repair)[0]
+
+
+def _add_stacks(parts, ACC, finish="", eps=0.0, symmetric=False, repair=None):
+    """parts [stacks, splits, ..., G] -> [stacks, ..., G], in one launch."""
     dtype = {tl.float32: torch.float32, tl.float64: torch.float64}[ACC]
-    total, unsound = repair or (torch.empty_like(parts[0], dtype=dtype), parts)
-    numbers = total.numel(), parts.shape[0], parts.shape[-1]
-    constants = {"M": parts.shape[1] if symmetric else 0, "FINISH": finish, "EPS": eps, "ACC": ACC}
+    total, unsound = repair or (torch.empty_like(parts[:, 0], dtype=dtype), parts)
+    stacks, splits, count = *parts.shape[:2], parts[0, 0].numel()
+    constants = {"M": parts.shape[2] if symmetric else 0, "FINISH": finish, "EPS": eps, "ACC": ACC}
     constants |= {"REPAIR": repair is not None}
-    constants |= {"STEPS": triton.cdiv(parts.shape[0], 32), "ROWS": 32, "BLOCK": 64, "num_warps": 4}
-    _launch(_add_splits_kernel, triton.cdiv(total.numel(), 64), (parts, total, unsound), numbers, constants)
+    constants |= {"STEPS": triton.cdiv(splits, 32), "ROWS": 32, "BLOCK": 64, "num_warps": 4}
+    numbers = count, splits, parts.shape[-1]
+    _launch(_add_splits_kernel, stacks * triton.cdiv(count, 64), (parts, total, unsound), numbers, constants)
     return total
 
 
@@ -213,14 +221,13 @@ def _distances_in_one_pass(particles, eps):
     unsound = torch.empty(G, dtype=torch.int32, device=particles.device)
     tile = _pairs_tile(M, D, acc, False, _chip(particles))
     splits, steps = _splits(G, D, tile["LANES"] * tile["V"])
-    parts = [torch.empty(splits, M, M, G, dtype=acc, device=particles.device) for _ in range(2)]
+    parts = torch.empty(2, splits, M, M, G, dtype=acc, device=particles.device)
     constants = tile | {"STEPS": steps, "SOURCE": "particles", "EPS": eps}
 
     sample = {"M": M, "EPS": eps, "PIECES": tiles.PIECES, "COLUMNS": tiles.PIECE, "ACC": ACC, "num_warps": 16}
     _launch(_sampled_norms_kernel, M * G, (particles, provisional), (D, G, *_strides(particles)), sample)
     _launch_distances(particles, None, provisional, *parts, constants | {"NORM": "provisional"})
-    sums = [_add_splits(x, tl.float64) for x in parts]
-    tensors = *sums, provisional, d, alignment, inverse_norm, unsound
+    tensors = *_add_stacks(parts, tl.float64), provisional, d, alignment, inverse_norm, unsound
     _launch(_settle_kernel, G, tensors, (G,), {"M": M, "EPS": eps, "WORST": tiles.WORST, "num_warps": 4})
 
     _inverse_norms(particles, None, eps, (inverse_norm, unsound))

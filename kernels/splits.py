@@ -8,8 +8,8 @@ from .rows import _inverse_root
 
 @triton.jit
 def _add_splits_kernel(
-    parts,  # [splits, count]
-    total,  # [count]
+    parts,  # [stacks, splits, count]
+    total,  # [stacks, count]
     unsound,  # [G], read when REPAIR: only samples that are unsound are written
     count, splits, G,
     M: tl.constexpr,  # when not 0, count is [M, M, G] and symmetric
@@ -17,7 +17,11 @@ def _add_splits_kernel(
     STEPS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     # torch.sum adds some columns in another order than others: equal rows would get unequal norms
-    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    blocks = tl.cdiv(count, BLOCK)
+    stack, block = tl.program_id(0).to(tl.int64) // blocks, tl.program_id(0).to(tl.int64) % blocks
+    parts += stack * splits * count
+    total += stack * count
+    index = block * BLOCK + tl.arange(0, BLOCK)
     wanted = index < count
     if REPAIR:
         wanted = wanted & (tl.load(unsound + index % G) != 0)
