@@ -89,6 +89,7 @@ struct LowRankHostBlock : HostBlock<forde_fast::kLowRankThreads> {
   void write(void* global, const void* shared, int bytes) const { memcpy(global, shared, bytes); }
   void wait_for_writes() const {}
   void fence() const {}
+  void fence_of_global() const {}
 
   // As in csrc/cuda/low_rank_block.h: found at once or, where copies are early, when they are waited for.
   void start_products() const {}
@@ -101,9 +102,9 @@ struct LowRankHostBlock : HostBlock<forde_fast::kLowRankThreads> {
     ends.erase(ends.begin(), ends.end() - std::min<size_t>(kPending, ends.size()));
     for (size_t& end : ends) end -= count;
   }
-  template <int kCount>
-  void wait_for_products(float (&)[kCount][40]) const {
-    wait_for_products_but<0>();
+  template <int kPending = 0>
+  void wait_for_products(float (&)[40]) const {
+    wait_for_products_but<kPending>();
   }
   template <bool kTransposed, class Operand>
   void multiply_add(float (&c)[40], const Operand& a, const Operand& b) const {

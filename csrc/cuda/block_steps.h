@@ -9,12 +9,10 @@
 #define FORDE_INLINE __device__ __forceinline__
 #define FORDE_UNROLL _Pragma("unroll")
 #define FORDE_ROLLED _Pragma("unroll 1")  // what is unrolled inside fills the registers
-#define FORDE_FOUR_TIMES _Pragma("unroll 4")
 #else
 #define FORDE_INLINE inline
 #define FORDE_UNROLL
 #define FORDE_ROLLED
-#define FORDE_FOUR_TIMES
 #endif
 
 namespace forde_fast {
@@ -22,9 +20,17 @@ namespace forde_fast {
 FORDE_INLINE float multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
 FORDE_INLINE double multiply_add(double a, double b, double c) { return fma(a, b, c); }
 
+FORDE_INLINE double inverse_root(double x) {
+#if defined(__CUDACC__)
+  return rsqrt(x);  // a tenth of the instructions
+#else
+  return 1 / std::sqrt(x);
+#endif
+}
+
 // y[0] of lane n becomes the sum over lanes of their y[n].
-template <int kHalf, class T, class Block>
-FORDE_INLINE void halve(const Block& block, T (&y)[32], int lane) {
+template <int kHalf, int kCount, class T, class Block>
+FORDE_INLINE void halve(const Block& block, T (&y)[kCount], int lane) {
   const bool upper = lane & kHalf;
   FORDE_UNROLL for (int n = 0; n < kHalf; ++n) {
     const T sent = upper ? y[n] : y[n + kHalf], kept = upper ? y[n + kHalf] : y[n];
@@ -33,15 +39,16 @@ FORDE_INLINE void halve(const Block& block, T (&y)[32], int lane) {
   if constexpr (kHalf > 1) halve<kHalf / 2>(block, y, lane);
 }
 
-// Lane n has the sums over its warp of x[n] and x[n + 32]. 32 sums are halved together, so that each costs one
-// shuffle; every sum is over the same tree, and equal rows have equal sums.
+// Lane n has the sums over its warp of x[n] and x[n + 32]. 32 sums are halved together, or 16 where there are no more, so
+// that each costs one shuffle; every sum is over the same tree, and equal rows have equal sums.
 template <int kCount, class T, class Block>
 FORDE_INLINE void add_over_warp(const Block& block, const T (&x)[kCount], T (&out)[(kCount + 31) / 32]) {
+  constexpr int kSums = kCount <= 16 ? 16 : 32;
   FORDE_UNROLL for (int part = 0; part < (kCount + 31) / 32; ++part) {
-    T y[32];
-    FORDE_UNROLL for (int n = 0; n < 32; ++n) y[n] = part * 32 + n < kCount ? x[part * 32 + n < kCount ? part * 32 + n : 0] : T(0);
-    halve<16>(block, y, block.thread() % 32);
-    out[part] = y[0];
+    T y[kSums];
+    FORDE_UNROLL for (int n = 0; n < kSums; ++n) y[n] = part * 32 + n < kCount ? x[part * 32 + n < kCount ? part * 32 + n : 0] : T(0);
+    halve<kSums / 2>(block, y, block.thread() % 32);
+    out[part] = kSums == 16 ? y[0] + block.shuffle(y[0], 16) : y[0];
   }
 }
 
@@ -63,49 +70,55 @@ FORDE_INLINE void add_over_threads(const Block& block, const T (&x)[kCount], T* 
   block.sync();
 }
 
-// The middle two of each column of d [M, M] by their ranks; NaN if there is one in it. Between barriers.
+// If row i of a column is one of the middle two of M, by its rank: these; NaN if there is one. The column has `count`
+// numbers, those beyond M infinite.
+template <class T>
+FORDE_INLINE void find_median(const T* column, int stride, int count, int M, int i, T& lower, T& upper) {
+  const T own = column[i * stride];
+  int rank = 0;
+  bool nan = false;
+  FORDE_UNROLL for (int k = 0; k < count; ++k) {
+    const T other = column[k * stride];
+    nan |= other != other;
+    rank += k < i ? other <= own : other < own;
+  }
+  if (nan ? i == 0 : rank == (M - 1) / 2) lower = nan ? T(NAN) : own;
+  if (nan ? i == 0 : rank == M / 2) upper = nan ? T(NAN) : own;
+}
+
+// Of each column of d [M, M]. Between barriers.
 template <int kThreads, class T, class Block>
 FORDE_INLINE void find_medians(const Block& block, const T* d, int M, T* lower, T* upper) {
-  FORDE_ROLLED for (int e = block.thread(); e < M * M; e += kThreads) {
-    const int i = e / M, j = e % M;
-    const T own = d[e];
-    int rank = 0;
-    bool nan = false;
-    for (int k = 0; k < M; ++k) {
-      const T other = d[k * M + j];
-      nan |= other != other;
-      rank += other < own || (other == own && k < i);
-    }
-    if (nan ? i == 0 : rank == (M - 1) / 2) lower[j] = nan ? T(NAN) : own;
-    if (nan ? i == 0 : rank == M / 2) upper[j] = nan ? T(NAN) : own;
-  }
+  FORDE_ROLLED for (int e = block.thread(); e < M * M; e += kThreads) find_median(d + e % M, M, M, M, e / M, lower[e % M], upper[e % M]);
   block.sync();
 }
 
 FORDE_INLINE double bandwidth(double lower, double upper, double log_count) { return (lower + upper) / 2 / log_count + 1e-12; }
 
-// From a block's sums of kernel values rows[M] to those over all blocks, by `workspace` [blocks, kStride], and to
+// From a block's sums of kernel values rows[M] to those over all blocks, by `workspace` [M, blocks], and to
 // scale[i] = -2 / G / rows[i], in two steps with a barrier over the grid between them.
-template <int kStride, class Block>
+template <class Block>
 FORDE_INLINE void write_rows(const Block& block, double* workspace, int M, const double* rows) {
-  if (block.thread() < M) workspace[block.index() * kStride + block.thread()] = rows[block.thread()];
+  if (block.thread() < M) workspace[block.thread() * block.blocks() + block.index()] = rows[block.thread()];
 }
 
-template <int kThreads, int kStride, class T, class Block>
+// 16 lanes for each row, all of whose loads are on their way at once.
+template <int kThreads, class T, class Block>
 FORDE_INLINE void add_over_blocks(const Block& block, const double* workspace, int M, int64_t groups, double* rows, T* scale) {
-  constexpr int kWarps = kThreads / 32, kAtOnce = 2;  // rows of a warp
-  const int lane = block.thread() % 32;
-  for (int first = block.thread() / 32; first < M; first += kAtOnce * kWarps) {
-    double total[kAtOnce] = {};
-    FORDE_FOUR_TIMES for (int b = lane; b < block.blocks(); b += 32)
-      FORDE_UNROLL for (int n = 0; n < kAtOnce; ++n) total[n] += workspace[b * kStride + (first + n * kWarps < M ? first + n * kWarps : 0)];
-    for (int half = 16; half > 0; half /= 2)
-      FORDE_UNROLL for (int n = 0; n < kAtOnce; ++n) total[n] += block.shuffle(total[n], half);
-    const int row = first + lane * kWarps;
-    if (lane < kAtOnce && row < M) {
-      const double own = lane == 0 ? total[0] : total[1];
-      rows[row] = own;
-      scale[row] = -2 / T(groups * own);
+  constexpr int kLanes = 16, kAtOnce = 9;
+  const int blocks = block.blocks(), lane = block.thread() % kLanes;
+  FORDE_ROLLED for (int row = block.thread() / kLanes, all = 0; all < M; row += kThreads / kLanes, all += kThreads / kLanes) {
+    const double* from = workspace + (row < M ? row : 0) * blocks + lane;
+    double total = 0;
+    FORDE_ROLLED for (int first = lane; first < blocks; first += kLanes * kAtOnce, from += kLanes * kAtOnce) {
+      double own[kAtOnce];
+      FORDE_UNROLL for (int n = 0; n < kAtOnce; ++n) own[n] = first + n * kLanes < blocks ? from[n * kLanes] : 0;
+      FORDE_UNROLL for (int n = 0; n < kAtOnce; ++n) total += own[n];
+    }
+    FORDE_UNROLL for (int half = kLanes / 2; half > 0; half /= 2) total += block.shuffle(total, half);
+    if (lane == 0 && row < M) {
+      rows[row] = total;
+      scale[row] = -2 / T(groups * total);
     }
   }
   block.sync();

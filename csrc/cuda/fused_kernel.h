@@ -308,9 +308,9 @@ struct FusedKernel {
     if (block.thread() < kMostMembers) small.rows[block.thread()] = 0;
     int item = block.index();
     FORDE_ROLLED for (; item < p.items; item += block.blocks()) stage_1(item);
-    write_rows<kMostMembers>(block, f.workspace, f.members, small.rows);
+    write_rows(block, f.workspace, f.members, small.rows);
     block.sync_grid();
-    add_over_blocks<kThreads, kMostMembers>(block, f.workspace, f.members, f.groups, small.rows, small.scale);
+    add_over_blocks<kThreads>(block, f.workspace, f.members, f.groups, small.rows, small.scale);
     if (block.index() == 0 && block.thread() < 32) write_value(block, f.members, f.groups, small.rows, static_cast<T*>(f.value));
     // Backwards: the last item of stage 1 is in the last slot still, where others have been before it.
     const int64_t last = item - block.blocks();

@@ -19,6 +19,10 @@ constexpr int kFactorRows = 128;
 // The first warps of a block multiply, the others work on rows.
 constexpr int kProductThreads = 128, kRowThreads = 32 * kGroup, kLowRankThreads = kProductThreads + kRowThreads;
 constexpr int kProductRegisters = 200, kRowRegisters = 152;  // of a thread
+// Of contrasts in float16, which ends at 32 of them: contrasts are at most 3.5 times as long as rows, and these less
+// than 1 / kLeastRho.
+constexpr float kHalfUnit = 2048;
+constexpr double kLeastRho = 0.125, kMostRho = 4;
 static_assert(kProductThreads * kProductRegisters + kRowThreads * kRowRegisters <= 65536, "");
 
 struct LowRank {
@@ -37,7 +41,7 @@ struct LowRank {
 
 // Where in the workspace is what, in bytes.
 struct LowRankWorkspace {
-  int64_t rows;    // double [blocks, 16]: sums of a block's kernel values
+  int64_t rows;    // double [M, blocks]: sums of a block's kernel values
   int64_t again;   // int: whether provisional norms were not good enough
   int64_t pairs;   // float [items, kGroup, 64]: distances of pairs without C, and squares of rows behind them
   int64_t x;       // float [items, kTileRows, K]: contrasts times the factor, in the order of place_of_sum
@@ -51,9 +55,18 @@ struct LowRankWorkspace {
 // such groups than multiprocessors. Blocks take items in turn; all blocks are on the chip at once.
 struct LowRankPlan {
   int blocks, splits, items;
+  uint64_t per_split;            // 2^32 / splits rounded up: a division takes longer than a product
   int width;                     // columns of an item, the last one's may be fewer; a multiple of kColumns
   float share[kLowRankMembers];  // of row 0 less row m in contrast 0: 1 / (sqrt(M) - M), or 0 where no row is
-  double per_median;             // what a bandwidth has of the sum of the middle two
+  // Provisional norms are found from 32 columns, one request to memory, at so many places of each quarter of D, which lie
+  // `step` columns apart; and from these squares times `scale`.
+  int places, step;
+  float scale;
+  // What is found here as it would be on a block's way to its first loads.
+  double far_unit;               // of distances with F: of x, and of y
+  float mixed_unit;
+  float per_total;               // 1 / (sqrt(M) - 1)
+  float per_median;              // what a bandwidth has of the sum of the middle two
   LowRankWorkspace at;
 };
 
@@ -65,15 +78,23 @@ inline LowRankPlan plan(const LowRank& f, int processors) {
   const int64_t wanted = std::clamp<int64_t>(processors / groups, 1, widest);
   LowRankPlan p = {};
   for (int m = 0; m < f.members; ++m) p.share[m] = float(1 / (std::sqrt(double(f.members)) - f.members));
-  p.per_median = 0.5 / f.log_count;
+  const int quarter = int(f.columns / 16 * 4);
+  p.places = int(f.columns / 16384 + 1);
+  p.step = quarter / p.places / 4 * 4;
+  p.scale = float(std::sqrt(f.columns / (128.0 * p.places)));
+  p.far_unit = f.unit / kHalfUnit * (f.unit / kHalfUnit);
+  p.mixed_unit = float(f.unit * f.unit / kHalfUnit);
+  p.per_total = float(1 / (std::sqrt(double(f.members)) - 1));
+  p.per_median = float(0.5 / f.log_count);
   p.width = int(up(widest, wanted) * kColumns);
   p.splits = int(up(f.columns, p.width));
   p.items = int(groups * p.splits);
+  p.per_split = up(int64_t(1) << 32, p.splits);
   p.blocks = int(std::min<int64_t>(processors, std::max<int64_t>(p.items, f.groups)));
   LowRankWorkspace& at = p.at;
   const int64_t rows = groups * kTileRows;
   const auto take = [&at](int64_t bytes) { return std::exchange(at.size, at.size + up(bytes, 256) * 256); };
-  at.rows = take(int64_t(p.blocks) * 16 * 8);
+  at.rows = take(int64_t(f.members) * p.blocks * 8);
   at.again = take(4);
   at.pairs = take(int64_t(p.items) * kGroup * 64 * 4);
   at.x = take(int64_t(p.items) * kTileRows * f.rank * 4);

@@ -60,6 +60,8 @@ struct LowRankBlock : DeviceBlock {
   __device__ void wait_for_writes() const { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
   // What was written to shared memory may be read by products, and read or overwritten by copies, behind the next barrier.
   __device__ void fence() const { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+  // Copies asked for behind this read what others have written to global memory before a barrier.
+  __device__ void fence_of_global() const { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 
   // So many registers for each thread of four warps from here on, more than they were launched with or fewer.
   template <int kCount>
@@ -78,12 +80,11 @@ struct LowRankBlock : DeviceBlock {
   __device__ void wait_for_products_but() const {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
   }
-  // For all: sums of products are not to be touched before.
-  template <int kCount>
-  __device__ void wait_for_products(float (&c)[kCount][40]) const {
-    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
-    for (int n = 0; n < kCount; ++n)
-      for (int k = 0; k < 40; ++k) asm volatile("" : "+f"(c[n][k])::"memory");
+  // And these are of none of the last: sums of products are not to be touched before.
+  template <int kPending = 0>
+  __device__ void wait_for_products(float (&c)[40]) const {
+    wait_for_products_but<kPending>();
+    for (int k = 0; k < 40; ++k) asm volatile("" : "+f"(c[k])::"memory");
   }
   // c += a [64, 16] b [80, 16]^T, in a group of four warps, without waiting. Warp w % 4 has rows 16 w and on; of a
   // piece of 16 rows and 8 columns a lane has four numbers: rows lane / 4 and 8 below, columns 2 (lane % 4) and the next.

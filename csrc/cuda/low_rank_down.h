@@ -44,22 +44,31 @@ struct MultiplyDown {
     forde_fast::copy_factor(block, f, arrivals.factor, shared.factor, own, turn, tile);
   }
 
+  // The first tile: before all else, as code and what norms are found from take long to come too, and the rest of the
+  // tiles would delay these.
+  FORDE_INLINE void start(int item) const {
+    const Range own = range(f, p, item);
+    copy_rows(own, 0), copy_factor(own, 0);
+  }
+
   FORDE_INLINE void multiply(int tile, float (&x)[kTiles][40]) const {
     const Operand factor{shared.factor[(turn + tile) % kFactorStages].numbers(), 128, kRank * 16};
     const Operand z{reinterpret_cast<const Half*>(shared.z[tile % 2]), 128, SharedDown<kRank>::kContrasts};
     block.start_products();
-    FORDE_UNROLL for (int k = 0; k < kColumns; k += 16)
-      FORDE_UNROLL for (int n = 0; n < kTiles; ++n) block.template multiply_add<true>(x[n], factor.from(n * 64, k), z.from(0, k));
-    block.commit_products();
+    FORDE_UNROLL for (int n = 0; n < kTiles; ++n) {
+      FORDE_UNROLL for (int k = 0; k < kColumns; k += 16) block.template multiply_add<true>(x[n], factor.from(n * 64, k), z.from(0, k));
+      block.commit_products();
+    }
   }
 
   FORDE_INLINE void run(int item) {
     const Range own = range(f, p, item);
     const int tiles = own.tiles();
     float x[kTiles][40] = {};
-    if (turn == 0) block.sync();  // arrivals are there
+    if (turn == 0) block.sync();  // arrivals are there, and what norms are found from
     if (block.thread() == 0) {    // who wrote the last item's sums
-      for (int n = 0; n < kFactorStages - 2; ++n) copy_rows(own, n), copy_factor(own, n);
+      if (turn > 0) start(item);
+      FORDE_ROLLED for (int n = 1; n < kFactorStages - 2; ++n) copy_rows(own, n), copy_factor(own, n);
       for (int n = kFactorStages - 2; n < kRowStages; ++n) copy_rows(own, n);
     }
     for (int n = 0; n < 2 && n < tiles; ++n) block.arrive(kEmpty + n, kLowRankThreads);
@@ -68,33 +77,35 @@ struct MultiplyDown {
       block.sync(kFull + tile % 2, kLowRankThreads);  // z is there, its rows were read, all products but the last found
       multiply(tile, x);
       if (block.thread() == 0) copy_rows(own, tile + kRowStages), copy_factor(own, tile + kFactorStages - 2);
-      block.template wait_for_products_but<1>();
+      block.template wait_for_products_but<kTiles>();
       if (tile >= 1 && tile + 1 < tiles) block.arrive(kEmpty + (tile + 1) % 2, kLowRankThreads);
     }
     turn += tiles;
-    block.wait_for_products(x);
     write(item, x);
   }
 
-  // By shared memory, where F was.
-  FORDE_INLINE void write(int item, const float (&x)[kTiles][40]) const {
+  // Tile after tile as it is found, by shared memory: where rows were and behind them F, which is free after the last.
+  template <int kTile = 0>
+  FORDE_INLINE void write(int item, float (&x)[kTiles][40]) const {
     constexpr int kCount = kTileRows / 2 * 64, kBytes = kCount * sizeof(Two);
-    static_assert(kTiles * kBytes <= sizeof shared.factor, "");
+    static_assert((kTiles - 1) * kBytes <= sizeof shared.rows && kBytes <= sizeof shared.factor, "");
     const int lane = block.thread() % 32, column = block.thread() / 32 * 16 + lane / 4;  // and 8 more
-    Two* sums = reinterpret_cast<Two*>(shared.factor);
-    char* out = workspace<char>(f, p.at.x) + int64_t(item) * kTiles * kBytes;
-    block.sync(kProductBarrier, kProductThreads);
-    FORDE_UNROLL for (int n = 0; n < kTiles; ++n, sums += kCount, out += kBytes) {
-      FORDE_UNROLL for (int half = 0; half < 2; ++half) {
-        Two* own = sums + place_of_sum(lane % 4, column + half * 8);
-        FORDE_UNROLL for (int k = 0; k < 10; ++k)  // of each eight rows lane % 4 * 2 and the next
-          own[k * 4 * 64] = {{x[n][4 * k + 2 * half], x[n][4 * k + 2 * half + 1]}};
-      }
-      block.fence();
-      block.sync(kProductBarrier, kProductThreads);
-      if (block.thread() == 0) block.write(out, sums, kBytes);
+    Two* const sums = reinterpret_cast<Two*>(shared.rows) + kTile * kCount;
+    block.template wait_for_products<kTiles - 1 - kTile>(x[kTile]);
+    if (kTile == kTiles - 1) block.sync(kProductBarrier, kProductThreads);
+    FORDE_UNROLL for (int half = 0; half < 2; ++half) {
+      Two* own = sums + place_of_sum(lane % 4, column + half * 8);
+      FORDE_UNROLL for (int k = 0; k < 10; ++k)  // of each eight rows lane % 4 * 2 and the next
+        own[k * 4 * 64] = {{x[kTile][4 * k + 2 * half], x[kTile][4 * k + 2 * half + 1]}};
     }
-    if (block.thread() == 0) block.wait_for_writes();
+    block.fence();
+    block.sync(kProductBarrier, kProductThreads);
+    if (block.thread() == 0) block.write(workspace<char>(f, p.at.x) + (int64_t(item) * kTiles + kTile) * kBytes, sums, kBytes);
+    if constexpr (kTile + 1 < kTiles) {
+      write<kTile + 1>(item, x);
+    } else if (block.thread() == 0) {
+      block.wait_for_writes();
+    }
   }
 };
 
@@ -110,27 +121,31 @@ struct RowsDown {
 
   static constexpr int kRows = kLowRankMembers, kPairs = kLowRankPairs;
 
-  // A lane's part of the squares of a sample's rows: of eight columns at each of 16 places or, if `exact`, of all.
+  // A lane's part of the squares of a sample's rows: of 32 columns at a few places or, if `exact`, of all.
   FORDE_INLINE void add_squares(const float* rows, bool exact, float (&x)[kRows]) const {
-    const int columns = int(f.columns), sampled = warps.lane() / 2 * (columns / 16) / 4 * 4 + warps.lane() % 2 * 4;
-    const int first = exact ? 4 * warps.lane() : sampled < columns ? sampled : 0, last = exact ? columns : first + 1;
-    FORDE_ROLLED for (int k = first; k < last; k += 128) {
+    const int columns = int(f.columns), sampled = warps.lane() / 8 * (columns / 16 * 4) + warps.lane() % 8 * 4, step = exact ? 128 : p.step;
+    const int first = exact ? 4 * warps.lane() : sampled < columns ? sampled : 0, last = exact ? columns : first + step * p.places;
+    FORDE_ROLLED for (int k = first; k < last; k += step) {
+      const float* row = rows + k;
       Four v[kRows];
-      FORDE_UNROLL for (int m = 0; m < kRows; ++m) v[m] = load_four(rows + (m < f.members ? m : 0) * f.stride_m + k);
+      FORDE_UNROLL for (int m = 0; m < kRows; ++m) {
+        v[m] = load_four(row);
+        if (m + 1 < f.members) row += f.stride_m;
+      }
       FORDE_UNROLL for (int m = 0; m < kRows; ++m)
         FORDE_UNROLL for (int n = 0; n < 4; ++n) x[m] = multiply_add(v[m].of[n], v[m].of[n], x[m]);
     }
   }
 
   // 1 / norm of the sample's rows, from these squares, times the unit of contrasts.
-  FORDE_INLINE void find_norms(int item, bool there, bool exact, const float (&x)[kRows], float (&r)[kRows]) const {
+  FORDE_INLINE void find_norms(const Range& range, bool there, bool exact, const float (&x)[kRows], float (&r)[kRows]) const {
     float total[1];
     add_over_warp(block, x, total);
-    const float norm = sqrtf(float(f.eps) + total[0]) * (exact ? 1 : sqrtf(float(f.columns) / 128));
+    const float norm = sqrtf(float(f.eps) + total[0]) * (exact ? 1 : p.scale);
     const bool own_row = there && warps.lane() < f.members;
     const float own = own_row ? norm < INFINITY ? 1 / norm : NAN : 0;  // a row that overflowed is not one of zeros
-    if (warps.lane() < kRows && item % p.splits == 0)
-      workspace<float>(f, p.at.norms)[int64_t(item / p.splits * kGroup + warps.warp()) * kRows + warps.lane()] = own;
+    if (warps.lane() < kRows && range.from == 0)
+      workspace<float>(f, p.at.norms)[int64_t(range.first + warps.warp()) * kRows + warps.lane()] = own;
     FORDE_UNROLL for (int m = 0; m < kRows; ++m) r[m] = block.from_lane(own, m) * kHalfUnit;
   }
 
@@ -167,7 +182,7 @@ struct RowsDown {
     float squares[kRows] = {}, r[kRows], sums[kPairs + kRows] = {};
     if (there) add_squares(f.particles + (own.first + warps.warp()) * f.stride_g, exact, squares);
     if (turn == 0) block.sync();  // arrivals are there
-    find_norms(item, there, exact, squares, r);
+    find_norms(own, there, exact, squares, r);
     Two rows[kRows];
     FORDE_ROLLED for (int tile = 0; tile < own.tiles(); ++tile) {
       TwoHalves z[kRows];

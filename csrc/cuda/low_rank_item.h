@@ -44,8 +44,8 @@ struct Range {
 };
 
 FORDE_INLINE Range range(const LowRank& f, const LowRankPlan& p, int item) {
-  const int from = item % p.splits * p.width, rest = int(f.columns) - from;
-  return {from, rest < p.width ? rest : p.width, item / p.splits * kGroup};
+  const int group = int(item * p.per_split >> 32), from = (item - group * p.splits) * p.width, rest = int(f.columns) - from;
+  return {from, rest < p.width ? rest : p.width, group * kGroup};
 }
 
 // A ring of kStages buffers that copies fill in turn, one thread asking for them.
@@ -98,7 +98,7 @@ FORDE_INLINE void copy_factor(const Block& block, const LowRank& f, Ring<kStages
 }
 
 // Where in an item's x is a column of two rows: [K / 64, kTileRows / 2, 64], in different banks by a column's last bits.
-FORDE_INLINE int place_of_sum(int pair, int column) {
+FORDE_INLINE unsigned place_of_sum(unsigned pair, unsigned column) {
   return (column / 64 * (kTileRows / 2) + pair) * 64 + (column % 64 ^ (pair % 4 * 4));
 }
 

@@ -44,25 +44,41 @@ struct LowRankKernel {
     return *reinterpret_cast<T*>(memory + kSmall);
   }
 
+  FORDE_INLINE RuleOfSample& room_of_rule() const {
+    auto& y = room<SharedUp<kRank>>().y;  // comes when the rule has been found
+    static_assert(sizeof(RuleOfSample) <= sizeof y && alignof(RuleOfSample) <= 16, "");
+    return reinterpret_cast<RuleOfSample&>(y);
+  }
+
   // Whether the way down is to be repeated with exact norms.
   FORDE_INLINE bool again(bool exact) const { return !exact && *workspace<int>(f, p.at.again) != 0; }
 
   FORDE_INLINE void multiply() const {
     MultiplyDown<kRank, Block> down{block, f, p, room<SharedDown<kRank>>(), small().down};
     MultiplyUp<kRank, Block> up{block, f, p, room<SharedUp<kRank>>(), small().up};
+    const RuleWithoutF<Block> rule{block, f, p, room_of_rule()};
     FORDE_ROLLED for (bool exact = false;; exact = true) {
       FORDE_ROLLED for (int item = block.index(); item < p.items; item += block.blocks()) down.run(item);
+      rule.clear();
       block.sync_grid();
-      up.start(block.index());
+      FORDE_ROLLED for (int sample = block.index(); sample < f.groups; sample += block.blocks()) {
+        rule.find(sample);
+        block.sync();
+        if (sample == block.index()) up.start(block.index());  // behind the sums, which are waited for
+        block.sync();
+      }
+      if (block.index() >= f.groups) up.start(block.index());
+      block.fence();  // y comes to where the rule is
       block.sync_grid();
       if (!again(exact)) break;
       up.drop(block.index());
       block.sync();
     }
     FORDE_ROLLED for (int item = block.index(); item < p.items; item += block.blocks()) {
-      block.sync();  // the last item is done
-      if (item >= block.blocks()) up.start(item);
-      block.sync();  // `mixing` is there
+      if (item >= block.blocks()) {
+        block.sync();  // the last item is done
+        up.start(item);
+      }
       up.run(item);
     }
   }
@@ -72,30 +88,38 @@ struct LowRankKernel {
     RowsDown<kRank, Block> down{block, f, p, room<SharedDown<kRank>>(), small().down};
     RowsUp<kRank, Block> up{block, f, p, room<SharedUp<kRank>>(), small().up};
     double* const of_blocks = workspace<double>(f, p.at.rows);
-    auto& y = room<SharedUp<kRank>>().y;  // comes when the rule has been found
-    static_assert(sizeof(RuleOfSample) <= sizeof y && alignof(RuleOfSample) <= 16, "");
-    LowRankRule<kRank, Block> rule{warps, f, p, reinterpret_cast<RuleOfSample&>(y), small().rows};
+    LowRankRule<kRank, Block> rule{warps, f, p, room_of_rule(), small().rows};
     typename RowsUp<kRank, Block>::Mixing mixing;
     FORDE_ROLLED for (bool exact = false;; exact = true) {
       if (warps.thread() < kRows) small().rows[warps.thread()] = 0;
       FORDE_ROLLED for (int item = block.index(); item < p.items; item += block.blocks()) down.run(item, exact);
       block.sync_grid();
-      FORDE_ROLLED for (int sample = block.index(); sample < f.groups; sample += block.blocks()) rule.find(sample);
-      write_rows<16>(warps, of_blocks, f.members, small().rows);
+      FORDE_ROLLED for (int sample = block.index(); sample < f.groups; sample += block.blocks()) {
+        float x[kRows] = {};
+        rule.block.forget();
+        rule.find_rows(sample, x);
+        block.sync();  // distances without F are there
+        rule.find(sample, x);
+        block.sync();
+      }
+      write_rows(warps, of_blocks, f.members, small().rows);
+      block.fence();
       block.sync_grid();
       const bool repeat = again(exact);  // on its way together with these and the sums
       mixing = up.load_mixing(block.index());
-      add_over_blocks<kRowThreads, 16>(warps, of_blocks, f.members, f.groups, small().rows, small().scale);
+      add_over_blocks<kRowThreads>(warps, of_blocks, f.members, f.groups, small().rows, small().scale);
       if (!repeat) break;
       up.drop(block.index());
       block.fence();  // copies come to where the rule was
       block.sync();
     }
     FORDE_ROLLED for (int item = block.index(); item < p.items; item += block.blocks()) {
-      block.sync();
-      if (item >= block.blocks()) mixing = up.load_mixing(item);
+      if (item >= block.blocks()) {
+        block.sync();
+        mixing = up.load_mixing(item);
+      }
       up.scale_mixing(mixing, small().scale);
-      block.sync();
+      warps.sync();
       up.run(item);
     }
     if (block.index() == 0 && warps.warp() == 0) write_value(warps, f.members, f.groups, small().rows, f.value);
@@ -105,8 +129,9 @@ struct LowRankKernel {
     if (block.thread() == 0) {
       if (block.index() == 0) *workspace<int>(f, p.at.again) = 0;
       small().down.rows.init(block), small().down.factor.init(block);
-      small().up.rows.init(block), small().up.factor.init(block);
+      small().up.rows.init(block), small().up.factor.init(block), small().up.y.init(block);
       block.fence();
+      if (block.index() < p.items) MultiplyDown<kRank, Block>{block, f, p, room<SharedDown<kRank>>(), small().down}.start(block.index());
     }
     if (block.thread() < kProductThreads) {
       block.template take_registers<kProductRegisters>();

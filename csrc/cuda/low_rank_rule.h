@@ -1,14 +1,11 @@
-// The rule of one sample on the way of low_rank_kernel.h, by the warps that work on rows: from its K columns and sums
-// to distances, bandwidth and what the way up takes.
+// The rule of one sample on the way of low_rank_kernel.h: from its K columns and sums to distances, bandwidth and what
+// the way up takes. The warps that multiply find what needs no columns, while the others read them.
 #pragma once
 
 #include "low_rank_item.h"
 
 namespace forde_fast {
 
-// Of contrasts in float16, which ends at 8 of them: of rows less than 1 / kLeastRho long, contrasts are at most 4.9 long.
-constexpr float kHalfUnit = 8192;
-constexpr double kLeastRho = 0.5, kMostRho = 4;
 constexpr float kMixedUnit = 4096;  // the most that a number of `y` can be
 
 constexpr int kLowRankPairs = kLowRankMembers * (kLowRankMembers - 1) / 2;
@@ -28,11 +25,73 @@ struct RuleOfSample {
 
   float d[kSquare], lower[kRows], upper[kRows], r[kRows];
   double rho[kRows];
-  double near[64];  // without F: distances of pairs and, behind them, squares
-  double far[64];   // with F: likewise, and what s^T F F^T s grows by from row 0 to another
+  float to_s[kRows], beyond[kRows];  // rho; rho less row 0's
+  double sums_near[64];  // without F: distances of pairs of rows s' and, behind them, squares
+  double near[kSquare];  // distances of pairs of rows s
+  float far[64];         // with F: of pairs and, behind them, what s^T F F^T s grows by from row 0 to another
   float partial[kRowThreads / 32][64];
 };
 
+constexpr int kSplits = 8;  // whose sums are on their way at once
+
+// By the warps that multiply.
+template <class Block>
+struct RuleWithoutF {
+  const Block& block;
+  const LowRank& f;
+  const LowRankPlan& p;
+  RuleOfSample& rule;
+
+  static constexpr int kRows = kLowRankMembers, kPairs = kLowRankPairs;
+
+  // Sums over the splits, a thread's pair or square; and 1 / norm.
+  FORDE_INLINE void add_splits(int sample) const {
+    const int thread = block.thread();
+    if (thread >= 64) return;
+    const bool squares = thread >= kPairs && thread < kPairs + kRows;
+    const double r = squares ? workspace<float>(f, p.at.norms)[sample * kRows + thread - kPairs] : 0;
+    const float* pairs = workspace<float>(f, p.at.pairs) + (int64_t(sample / kGroup) * p.splits * kGroup + sample % kGroup) * 64 + thread;
+    double total = 0;
+    FORDE_ROLLED for (int split = 0; split < p.splits; split += kSplits) {
+      float own[kSplits];
+      FORDE_UNROLL for (int n = 0; n < kSplits; ++n) own[n] = split + n < p.splits ? pairs[(split + n) * kGroup * 64] : 0;
+      FORDE_UNROLL for (int n = 0; n < kSplits; ++n) total += own[n];
+    }
+    rule.sums_near[thread] = total;
+    if (!squares) return;
+    const int m = thread - kPairs;
+    const double rho = m < f.members ? inverse_root(total + f.eps * r * r) : 1;
+    rule.rho[m] = rho;
+    rule.to_s[m] = float(rho);
+    rule.r[m] = float(r * rho);
+    if (!(rho > kLeastRho && rho < kMostRho)) *workspace<int>(f, p.at.again) = 1;
+  }
+
+  // Of rows that are not there.
+  FORDE_INLINE void clear() const {
+    for (unsigned n = block.thread(); n < rule.kCount * kRows * kMixing; n += kProductThreads) rule.parts[n] = 0;
+  }
+
+  FORDE_INLINE void find(int sample) const {
+    const unsigned thread = block.thread(), i = thread / kRows, j = thread % kRows;
+    static_assert(rule.kSquare <= kProductThreads, "");
+    add_splits(sample);
+    block.sync(kProductBarrier, kProductThreads);
+    if (thread < kRows) rule.beyond[thread] = float(rule.rho[thread] - rule.rho[0]);
+    const unsigned M = f.members;
+    if (i >= M || j >= M) return;
+    double near = 0;
+    if (i != j) {
+      const double a = rule.rho[i], b = rule.rho[j], of_pair = a * b * rule.sums_near[i < j ? pair(i, j) : pair(j, i)];
+      near = of_pair + (a - b) * (a * rule.sums_near[kPairs + i] - b * rule.sums_near[kPairs + j]);
+      near = near < 0 ? 0 : near;  // NaN stays NaN
+      if (of_pair > 4 * near) *workspace<int>(f, p.at.again) = 1;
+    }
+    rule.near[thread] = near;
+  }
+};
+
+// By the warps that work on rows.
 template <int kRank, class Block>
 struct LowRankRule {
   RowWarps<Block> block;
@@ -41,51 +100,34 @@ struct LowRankRule {
   RuleOfSample& rule;
   double* const rows;  // sums of kernel values over j and the block's samples
 
-  static constexpr int kRows = kLowRankMembers, kPairs = kLowRankPairs, kSquare = kRows * kRows;
-  static constexpr int kSplits = 8;  // whose sums are on their way at once
+  static constexpr int kRows = kLowRankMembers, kPairs = kLowRankPairs;
 
-  // Sums over the splits: a thread's pair or square and, a column for each thread, the rows of x.
+  // The rows of x, a column for each thread: sums over the splits.
   FORDE_INLINE void find_rows(int sample, float (&x)[kRows]) const {
-    const int thread = block.thread(), place = sample % kGroup;
-    const int64_t first = int64_t(sample / kGroup) * p.splits;
-    const float* pairs = workspace<float>(f, p.at.pairs) + (first * kGroup + place) * 64 + thread % 64;
-    const Two* columns = workspace<Two>(f, p.at.x) + first * (kTileRows / 2 * kRank);
-    double total = 0;
-    const bool squares = thread >= kPairs && thread < kPairs + kRows;
-    const double r = squares ? workspace<float>(f, p.at.norms)[sample * kRows + thread - kPairs] : 0;
+    constexpr int kItem = kTileRows / 2 * kRank;
+    const unsigned place = unsigned(sample) % kGroup, thread = unsigned(block.thread()) % kRank;
+    const Two* from = workspace<Two>(f, p.at.x) + int64_t(unsigned(sample) / kGroup) * p.splits * kItem;
+    const Two* rows[kRows / 2];
+    FORDE_UNROLL for (int m = 0; m < kRows / 2; ++m) rows[m] = from + place_of_sum(place * (kRows / 2) + m, thread);
     FORDE_ROLLED for (int split = 0; split < p.splits; split += kSplits) {
-      float own[kSplits];
       Two part[kSplits][kRows / 2];
-      FORDE_UNROLL for (int n = 0; n < kSplits; ++n) {
-        const bool there = split + n < p.splits;
-        own[n] = there && thread < 64 ? pairs[(split + n) * kGroup * 64] : 0;
-        FORDE_UNROLL for (int m = 0; m < kRows / 2; ++m)
-          part[n][m] = there && thread < kRank ? columns[(split + n) * (kTileRows / 2 * kRank) + place_of_sum(place * (kRows / 2) + m, thread)] : Two{};
-      }
-      FORDE_UNROLL for (int n = 0; n < kSplits; ++n) {
-        total += own[n];
+      FORDE_UNROLL for (int n = 0; n < kSplits; ++n)
+        FORDE_UNROLL for (int m = 0; m < kRows / 2; ++m) part[n][m] = split + n < p.splits ? rows[m][n * kItem] : Two{};
+      FORDE_UNROLL for (int n = 0; n < kSplits; ++n)
         FORDE_UNROLL for (int m = 0; m < kRows; ++m) x[m] += part[n][m / 2].of[m % 2];
-      }
+      FORDE_UNROLL for (int m = 0; m < kRows / 2; ++m) rows[m] += kSplits * kItem;
     }
-    if (thread < 64) rule.near[thread] = total;
-    if (squares) {
-      const int m = thread - kPairs;
-      const double rho = m < f.members ? 1 / sqrt(total + f.eps * r * r) : 1;
-      rule.rho[m] = rho;
-      rule.r[m] = float(r * rho);
-      if (!(rho > kLeastRho && rho < kMostRho)) *workspace<int>(f, p.at.again) = 1;
-    }
-    for (int n = thread; n < rule.kCount * kRows * kMixing; n += kRowThreads) rule.parts[n] = 0;
-    block.sync();
+    if (block.thread() >= kRank)
+      FORDE_UNROLL for (int m = 0; m < kRows; ++m) x[m] = 0;
   }
 
   // From contrasts to the rows of x up to what all lack; their sums over the columns.
   FORDE_INLINE void add_sums(float (&x)[kRows]) const {
-    const float rho = float(rule.rho[0]), lacking = rho * x[0], twice = 2 * lacking;
+    const float rho = rule.to_s[0], lacking = rho * x[0], twice = 2 * lacking;
     float total = 0, sums[kPairs + kRows - 1], of_warp[2];
     FORDE_UNROLL for (int m = 1; m < kRows; ++m) total += m < f.members ? x[m] : 0;
-    FORDE_UNROLL for (int m = 1; m < kRows; ++m) x[m] = multiply_add(float(rule.rho[m]), x[m], float(rule.rho[m] - rule.rho[0]) * x[0]);
-    x[0] = rho * (total / (sqrtf(float(f.members)) - 1));
+    FORDE_UNROLL for (int m = 1; m < kRows; ++m) x[m] = multiply_add(rule.to_s[m], x[m], rule.beyond[m] * x[0]);
+    x[0] = rho * (total * p.per_total);
     FORDE_UNROLL for (int i = 0; i < kRows; ++i)
       FORDE_UNROLL for (int j = i + 1; j < kRows; ++j) {
         const float difference = x[j] - x[i];
@@ -96,7 +138,7 @@ struct LowRankRule {
     FORDE_UNROLL for (int part = 0; part < 2; ++part) rule.partial[block.warp()][part * 32 + block.lane()] = of_warp[part];
     block.sync();
     if (block.thread() < 64) {
-      double all = 0;
+      float all = 0;
       FORDE_UNROLL for (int n = 0; n < kRowThreads / 32; ++n) all += rule.partial[n][block.thread()];
       rule.far[block.thread()] = all;
     }
@@ -105,35 +147,26 @@ struct LowRankRule {
 
   // From the sums to distances, bandwidth and weights.
   FORDE_INLINE void weigh(int sample) const {
-    const int M = f.members, thread = block.thread(), i = thread / M, j = thread % M;
-    const bool own = thread < M * M;
-    const double unit = f.unit / kHalfUnit * (f.unit / kHalfUnit);
-    double far = 0, near = 0;
-    if (own && i != j) {
-      const int at = i < j ? pair(i, j) : pair(j, i);
-      const double a = rule.rho[i], b = rule.rho[j], of_pair = a * b * rule.near[at];
-      far = rule.far[at];
-      near = of_pair + (a - b) * (a * rule.near[kPairs + i] - b * rule.near[kPairs + j]);
-      near = near < 0 ? 0 : near;  // NaN stays NaN
-      if (of_pair > 4 * near) *workspace<int>(f, p.at.again) = 1;
-    }
-    const float d = near == 0 ? 0 : float(unit * far + f.tail * near);  // equal rows have no distance
-    if (own) {
-      rule.d[thread] = d;
-      f.distances[thread * f.groups + sample] = d;
-    }
+    const unsigned M = f.members, thread = block.thread(), i = thread / kRows, j = thread % kRows;
+    const bool own = i < M && j < M;
+    const double far = own && i != j ? rule.far[i < j ? pair(i, j) : pair(j, i)] : 0, near = own ? rule.near[thread] : 0;
+    const auto growth = [&](unsigned n) { return n == 0 ? 0 : rule.far[kPairs + n - 1]; };
+    const auto missing = [&](unsigned n) { return f.eps * rule.r[n] * rule.r[n]; };  // 1 - |s_n|^2
+    const float half = own ? float(0.5 * (p.far_unit * (far + growth(i) - growth(j)) + f.tail * (near + missing(j) - missing(i)))) : 0;
+    const float length = sqrtf(float(far));
+    const float d = near == 0 ? 0 : float(p.far_unit * far + f.tail * near);  // equal rows have no distance
+    if (thread < rule.kSquare) rule.d[thread] = own ? d : INFINITY;
+    if (own) f.distances[(i * M + j) * f.groups + sample] = d;
     block.sync();
-    find_medians<kRowThreads>(block, rule.d, M, rule.lower, rule.upper);
+    if (own) find_median(rule.d + j, kRows, kRows, M, i, rule.lower[j], rule.upper[j]);
+    block.sync();
     if (own) {
-      const auto growth = [&](int n) { return n == 0 ? 0 : rule.far[kPairs + n - 1]; };
-      const auto missing = [&](int n) { return f.eps * rule.r[n] * rule.r[n]; };  // 1 - |s_n|^2
-      const float h = float((double(rule.lower[j]) + rule.upper[j]) * p.per_median + 1e-12), inverse = 1 / h;
+      const float h = multiply_add(rule.lower[j] + rule.upper[j], p.per_median, 1e-12f), inverse = 1 / h;
       const float kernel = expf(-d * inverse), w = d == 0 ? 0 : kernel * inverse;
-      const double half = 0.5 * (unit * (far + growth(i) - growth(j)) + f.tail * (near + missing(j) - missing(i)));
       rule.row(rule.kWeight, i)[j] = w;
       rule.row(rule.kKernel, i)[j] = kernel;
-      rule.row(rule.kLength, i)[j] = w * sqrtf(float(far));
-      rule.row(rule.kAligned, i)[j] = w * float(half);
+      rule.row(rule.kLength, i)[j] = w * length;
+      rule.row(rule.kAligned, i)[j] = w * half;
       if (i == 0) f.bandwidth[j * f.groups + sample] = h;
     }
     block.sync();
@@ -150,10 +183,10 @@ struct LowRankRule {
   // Of row i on the way up, but for its scale: what the tail's part takes of row 0 and of the differences of rows n to
   // it; behind these what a product takes, and 1 / norm. What lies along s_i is s_0's and the difference's.
   FORDE_INLINE void write_mixing(int sample) const {
-    const int i = block.thread() / kMixing, n = block.thread() % kMixing;
-    if (i >= f.members) return;
+    const unsigned i = unsigned(block.thread()) / kMixing, n = unsigned(block.thread()) % kMixing;
+    if (i >= unsigned(f.members)) return;
     float x = -rule.sum(rule.kAligned, i);
-    if (n == kRows) x = float(f.unit * f.unit / kHalfUnit) / rule.sum(rule.kLength, i);
+    if (n == kRows) x = p.mixed_unit / rule.sum(rule.kLength, i);
     if (n == kRows + 1) x = rule.r[i];
     if (n >= 1 && n < kRows)
       x = float(f.tail) * ((n == i ? rule.sum(rule.kWeight, i) : 0) - rule.row(rule.kWeight, i)[n]) + (n == i ? x : 0);
@@ -167,21 +200,20 @@ struct LowRankRule {
     Half* y = workspace<Half>(f, p.at.y) + int64_t(sample / kGroup) * kTileRows * kRank + column / 8 * (kTileRows * 8) + row * 8 + column % 8;
     FORDE_UNROLL for (int i = 0; i < kRows; ++i) {
       float total = 0;
-      FORDE_UNROLL for (int j = 0; j < kRows; ++j) total = multiply_add(rule.row(rule.kWeight, i)[j], x[i] - x[j], total);
+      Four weights[kMixing / 4];
+      FORDE_UNROLL for (int n = 0; n < kMixing / 4; ++n) weights[n] = load_four(rule.row(rule.kWeight, i) + 4 * n);
+      FORDE_UNROLL for (int j = 0; j < kRows; ++j) total = multiply_add(weights[j / 4].of[j % 4], x[i] - x[j], total);
       if (i < f.members) y[i * 8] = to_half(total * rule.sum(rule.kLength, i));
     }
   }
 
-  FORDE_INLINE void find(int sample) {
+  // From the rows of x, when all that needs no F has been found.
+  FORDE_INLINE void find(int sample, float (&x)[kRows]) const {
     static_assert(kRows + 2 == kMixing && kRows * kMixing <= kRowThreads, "");
-    block.forget();
-    float x[kRows] = {};
-    find_rows(sample, x);
     add_sums(x);
     weigh(sample);
     write_mixing(sample);
     write_mixed(sample, x);
-    block.sync();
   }
 };
 

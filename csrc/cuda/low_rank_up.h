@@ -15,6 +15,7 @@ constexpr int kFactorStagesUp = 3;  // one being multiplied, two on their way
 struct ArrivalsUp {
   Ring<kRowStagesUp> rows;
   Ring<kFactorStagesUp> factor;
+  Ring<1> y;
 };
 
 template <int kRank>
@@ -34,7 +35,7 @@ struct MultiplyUp {
   const LowRankPlan& p;
   SharedUp<kRank>& shared;
   ArrivalsUp& arrivals;
-  int row_turn = 0, factor_turn = 0;  // tiles before
+  int row_turn = 0, factor_turn = 0, y_turn = 0;  // tiles before, and items
 
   FORDE_INLINE void copy_rows(const Range& own, int tile) const {
     forde_fast::copy_rows(block, arrivals.rows, shared.rows, own, row_turn, tile);
@@ -47,8 +48,10 @@ struct MultiplyUp {
   FORDE_INLINE void start(int item) const {
     if (item >= p.items || block.thread() != 0) return;
     const Range own = range(f, p, item);
-    for (int n = 0; n < kFactorStagesUp - 1; ++n) copy_rows(own, n), copy_factor(own, n);
-    for (int n = kFactorStagesUp - 1; n < kRowStagesUp; ++n) copy_rows(own, n);
+    FORDE_ROLLED for (int n = 0; n < kRowStagesUp; ++n) {
+      copy_rows(own, n);
+      if (n < kFactorStagesUp - 1) copy_factor(own, n);
+    }
   }
   // Nothing of this is on its way any more.
   FORDE_INLINE void drop(int item) {
@@ -60,32 +63,31 @@ struct MultiplyUp {
     for (int n = 0; n < factors; ++n) arrivals.factor.wait(block, factor_turn++);
   }
 
-  FORDE_INLINE void load_mixed(int item) const {
-    constexpr int kCount = kTileRows * kRank / 8 / kProductThreads;
-    const Four* from = workspace<Four>(f, p.at.y) + (int64_t(item / p.splits) * kCount) * kProductThreads + block.thread();
-    Four y[kCount];
-    FORDE_UNROLL for (int n = 0; n < kCount; ++n) y[n] = from[n * kProductThreads];
-    FORDE_UNROLL for (int n = 0; n < kCount; ++n) reinterpret_cast<Four*>(shared.y)[n * kProductThreads + block.thread()] = y[n];
-    block.fence();
+  FORDE_INLINE void copy_mixed(const Range& own) const {
+    if (block.thread() != 0) return;
+    block.fence_of_global();
+    Arrival* arrival = arrivals.y.expect(block, y_turn, sizeof shared.y);
+    block.copy(shared.y, workspace<char>(f, p.at.y) + int64_t(own.first / kGroup) * sizeof shared.y, sizeof shared.y, arrival);
   }
 
   FORDE_INLINE void run(int item) {
     const Range own = range(f, p, item);
     const Operand y{reinterpret_cast<const Half*>(shared.y), 128, kTileRows * 16};
-    load_mixed(item);
+    copy_mixed(own);
+    arrivals.y.wait(block, y_turn++);
     FORDE_ROLLED for (int tile = 0; tile < own.tiles(); ++tile) {
-      float out[1][40] = {};
+      float out[40] = {};
       const Operand factor{shared.factor[(factor_turn + tile) % kFactorStagesUp].numbers(), kRank * 16, 128};
       arrivals.factor.wait(block, factor_turn + tile);
-      block.sync(kProductBarrier, kProductThreads);  // y is there, and the last tile's products have been found
+      block.sync(kProductBarrier, kProductThreads);  // the last tile's products have been found
       block.start_products();
-      FORDE_UNROLL for (int k = 0; k < kRank; k += 16) block.template multiply_add<false>(out[0], factor.from(0, k), y.from(0, k));
+      FORDE_UNROLL for (int k = 0; k < kRank; k += 16) block.template multiply_add<false>(out, factor.from(0, k), y.from(0, k));
       block.commit_products();
       if (block.thread() == 0) copy_factor(own, tile + 2);
       block.wait_for_products(out);
       block.sync(kEmpty + tile % 2, kHalfThreads);  // its rows have been read, and the products two tiles before
       if (tile >= 2 && block.thread() == 0) copy_rows(own, tile + 2);
-      leave(shared.rows[(row_turn + tile) % kRowStagesUp], out[0]);
+      leave(shared.rows[(row_turn + tile) % kRowStagesUp], out);
       block.arrive(kFull + tile % 2, kHalfThreads);
     }
     row_turn += own.tiles(), factor_turn += own.tiles();
