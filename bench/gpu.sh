@@ -48,7 +48,7 @@ part tests 170 "$python" -m pytest -q "${tests[@]}" tests
 wait
 part operation 70 "$python" bench/repulsion.py --device "$device" --out "$out" "${cifar[@]}"
 part operation_sizes 60 "$python" bench/repulsion.py --device "$device" --out "$out" "${others[@]}"
-part step 75 "$python" bench/step.py --device "$device" --out "$out" "${step[@]}"
+part step 110 "$python" bench/step.py --device "$device" --out "$out" "${step[@]}"
 if [ -n "${FORDE_CHECKOUT:-}" ]; then
   part official 80 "$python" bench/official_jax.py --checkout "$FORDE_CHECKOUT" --members 10 --batch 128 --out "$out"
 fi

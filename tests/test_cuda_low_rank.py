@@ -41,6 +41,7 @@ class Host:
     def __init__(self, library):
         self.run, self.processors = library.low_rank_on_host, 3
         self.plans = set()  # (blocks, splits, items) that came up
+        self.twice = []  # whether all went down again with exact norms
 
     def fused_low_rank(self, particles, factor, unit, tail, eps, log_count):
         members, groups, columns = particles.shape
@@ -52,10 +53,11 @@ class Host:
             value, h, d, gradient = (torch.full(size, math.nan) for size in sizes)
             pointers = [x.data_ptr() for x in (particles, factor, gradient, value, h, d)]
             numbers = groups, columns, particles.stride(0), particles.stride(1), members, 8 * factor.shape[1]
-            plan = (ctypes.c_int * 3)()
+            plan = (ctypes.c_int * 4)()
             call = LowRank(*pointers, None, *numbers, unit, tail, eps, log_count)
             assert self.run(call, self.processors, backwards, plan), "threads wait for each other"
-            self.plans.add(tuple(plan))
+            self.plans.add(tuple(plan[:3]))
+            self.twice.append(bool(plan[3]))
             results.append((value, gradient, h, d))
         for one, other in zip(*results, strict=True):
             assert torch.equal(one.nan_to_num(), other.nan_to_num()), "the order of threads matters"
@@ -159,6 +161,22 @@ def test_norms_that_a_few_columns_mislead_about(host):
         cases[f"{name}, unlike there"][..., some] = torch.randn(10, 2, len(some))
     for name, rows in cases.items():
         assert within(scale, (ff.repulsion(rows, scale, backend="cuda"), rows)), name
+    assert any(host.twice)
+
+
+@pytest.mark.parametrize("border", [4, 8, 12])
+def test_norms_of_images_are_found_once(border, host):
+    """Gradients of images whose borders matter little, and of which every second member sees one half."""
+    scale, draws = make_pca(3 * 32 * 32, 40, 0.01), []
+    for seed in range(4):
+        rows = torch.randn(10, 1, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
+        rows[..., :border] *= 0.02
+        rows[..., -border:] *= 0.02
+        rows[::2, ..., :16, :] *= 0.1
+        rows = rows.flatten(2)
+        draws.append((ff.repulsion(rows, scale, backend="cuda"), rows))
+    assert within(scale, *draws)
+    assert not any(host.twice)
 
 
 def test_what_float16_and_float32_end_at(host):
