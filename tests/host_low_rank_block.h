@@ -28,6 +28,7 @@ struct LowRankHostBlock : HostBlock<forde_fast::kLowRankThreads> {
   const forde_fast::LowRank& f;
   mutable std::vector<std::function<void()>> products = {};  // that are found as late as they may be if copies are early
   mutable std::vector<size_t> ends = {};                     // of their groups
+  mutable std::vector<std::function<void()>> writes = {};    // to global memory, as late as they may be too
 
   LowRankHostBlock(int thread, int index, int blocks, LowRankMemory& own, Barrier& grid, const forde_fast::LowRank& f)
       : HostBlock{thread, index, blocks, own, grid}, own(own), f(f) {}
@@ -86,8 +87,14 @@ struct LowRankHostBlock : HostBlock<forde_fast::kLowRankThreads> {
         }
     });
   }
-  void write(void* global, const void* shared, int bytes) const { memcpy(global, shared, bytes); }
-  void wait_for_writes() const {}
+  void write(void* global, const void* shared, int bytes) const {
+    writes.push_back([=] { memcpy(global, shared, bytes); });
+    if (early) wait_for_writes();
+  }
+  void wait_for_writes() const {
+    for (const auto& write : writes) write();
+    writes.clear();
+  }
   void fence() const {}
   void fence_of_global() const {}
 

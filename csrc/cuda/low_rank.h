@@ -19,7 +19,7 @@ constexpr int kFactorRows = 128;
 // The first warps of a block multiply, the others work on rows.
 constexpr int kProductThreads = 128, kRowThreads = 32 * kGroup, kLowRankThreads = kProductThreads + kRowThreads;
 constexpr int kProductRegisters = 200, kRowRegisters = 152;  // of a thread
-// Of contrasts in float16, which ends at 32 of them: contrasts are at most 3.5 times as long as rows, and these less
+// Of contrasts in float16, which ends at 32 of them: contrasts are at most 2.5 times as long as rows, and these less
 // than 1 / kLeastRho.
 constexpr float kHalfUnit = 2048;
 constexpr double kLeastRho = 0.125, kMostRho = 4;
@@ -59,7 +59,7 @@ struct LowRankPlan {
   int width;                     // columns of an item, the last one's may be fewer; a multiple of kColumns
   float share[kLowRankMembers];  // of row 0 less row m in contrast 0: 1 / (sqrt(M) - M), or 0 where no row is
   // Provisional norms are found from 32 columns, one request to memory, at so many places of each quarter of D, which lie
-  // `step` columns apart; and from these squares times `scale`.
+  // `step` columns apart; from these squares times `scale`.
   int places, step;
   float scale;
   // What is found here as it would be on a block's way to its first loads.
@@ -81,7 +81,7 @@ inline LowRankPlan plan(const LowRank& f, int processors) {
   const int quarter = int(f.columns / 16 * 4);
   p.places = int(f.columns / 16384 + 1);
   p.step = quarter / p.places / 4 * 4;
-  p.scale = float(std::sqrt(f.columns / (128.0 * p.places)));
+  p.scale = float(f.columns / (128.0 * p.places));
   p.far_unit = f.unit / kHalfUnit * (f.unit / kHalfUnit);
   p.mixed_unit = float(f.unit * f.unit / kHalfUnit);
   p.per_total = float(1 / (std::sqrt(double(f.members)) - 1));

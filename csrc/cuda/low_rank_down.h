@@ -141,7 +141,7 @@ struct RowsDown {
   FORDE_INLINE void find_norms(const Range& range, bool there, bool exact, const float (&x)[kRows], float (&r)[kRows]) const {
     float total[1];
     add_over_warp(block, x, total);
-    const float norm = sqrtf(float(f.eps) + total[0]) * (exact ? 1 : p.scale);
+    const float norm = sqrtf(float(f.eps) + total[0] * (exact ? 1 : p.scale));
     const bool own_row = there && warps.lane() < f.members;
     const float own = own_row ? norm < INFINITY ? 1 / norm : NAN : 0;  // a row that overflowed is not one of zeros
     if (warps.lane() < kRows && range.from == 0)
