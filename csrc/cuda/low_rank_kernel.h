@@ -103,14 +103,13 @@ struct LowRankKernel {
         block.sync();
       }
       write_rows(warps, of_blocks, f.members, small().rows);
-      block.fence();
+      block.fence();  // y comes to where the rule is, or the first tiles once more
       block.sync_grid();
       const bool repeat = again(exact);  // on its way together with these and the sums
       mixing = up.load_mixing(block.index());
       add_over_blocks<kRowThreads>(warps, of_blocks, f.members, f.groups, small().rows, small().scale);
       if (!repeat) break;
       up.drop(block.index());
-      block.fence();  // copies come to where the rule was
       block.sync();
     }
     FORDE_ROLLED for (int item = block.index(); item < p.items; item += block.blocks()) {
