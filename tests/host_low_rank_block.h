@@ -97,6 +97,7 @@ struct LowRankHostBlock : HostBlock<forde_fast::kLowRankThreads> {
   }
   void fence() const {}
   void fence_of_global() const {}
+  void prefetch_rows() const {}
 
   // As in csrc/cuda/low_rank_block.h: found at once or, where copies are early, when they are waited for.
   void start_products() const {}

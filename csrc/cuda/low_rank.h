@@ -14,7 +14,8 @@ namespace forde_fast {
 constexpr int kLowRankMembers = 10;  // rows of a sample that fit a thread's registers
 constexpr int kGroup = 8;            // samples of an item: one for each warp that works on rows
 constexpr int kTileRows = kGroup * kLowRankMembers;
-constexpr int kColumns = 64;         // that pass through shared memory together
+constexpr int kColumns = 64;  // that pass through shared memory together
+constexpr int kMostRank = 256;
 constexpr int kFactorRows = 128;
 // The first warps of a block multiply, the others work on rows.
 constexpr int kProductThreads = 128, kRowThreads = 32 * kGroup, kLowRankThreads = kProductThreads + kRowThreads;
@@ -90,7 +91,7 @@ inline LowRankPlan plan(const LowRank& f, int processors) {
   p.splits = int(up(f.columns, p.width));
   p.items = int(groups * p.splits);
   p.per_split = up(int64_t(1) << 32, p.splits);
-  p.blocks = int(std::min<int64_t>(processors, std::max<int64_t>(p.items, f.groups)));
+  p.blocks = int(std::min<int64_t>(processors, std::max<int64_t>(p.items + 1, f.groups)));  // 1: see write_value in the kernel
   LowRankWorkspace& at = p.at;
   const int64_t rows = groups * kTileRows;
   const auto take = [&at](int64_t bytes) { return std::exchange(at.size, at.size + up(bytes, 256) * 256); };

@@ -47,6 +47,8 @@ struct LowRankBlock : DeviceBlock {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
                  ::"r"(in_shared(shared)), "l"(global), "r"(bytes), "r"(in_shared(arrival)) : "memory");
   }
+  // What describes `rows`, before a copy waits for it.
+  __device__ void prefetch_rows() const { asm volatile("prefetch.tensormap [%0];" ::"l"(&rows)); }
   // The tile of `rows` from this column and sample on; zeros where there is nothing.
   __device__ void copy_rows(float* shared, int column, int sample, Arrival* arrival) const {
     asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, 0, %4}], [%2];"

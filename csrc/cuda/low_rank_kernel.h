@@ -121,10 +121,13 @@ struct LowRankKernel {
       warps.sync();
       up.run(item);
     }
-    if (block.index() == 0 && warps.warp() == 0) write_value(warps, f.members, f.groups, small().rows, f.value);
+    // The last block has no item if the chip has room for one block more than there are: nothing waits for code that has
+    // to come from memory, as no other block runs it.
+    if (block.index() == block.blocks() - 1 && warps.warp() == 0) write_value(warps, f.members, f.groups, small().rows, f.value);
   }
 
   FORDE_INLINE void run() const {
+    if (block.thread() == kProductThreads) block.prefetch_rows();
     if (block.thread() == 0) {
       if (block.index() == 0) *workspace<int>(f, p.at.again) = 0;
       small().down.rows.init(block), small().down.factor.init(block);

@@ -18,7 +18,8 @@ struct RuleOfSample {
   // Of rows i and j: kernel / h, which is 0 where d = 0 and of rows that are not there; the kernel; the weight times
   // |q_i - q_j|, and times (q_i - q_j) s_i. And their sums over j, but of the lengths the unit of row i of y.
   enum Part { kWeight, kKernel, kLength, kAligned, kCount };
-  float parts[kCount * kRows * kMixing], sums[kCount * kRows];
+  alignas(16) float parts[kCount * kRows * kMixing];
+  float sums[kCount * kRows];
 
   FORDE_INLINE float* row(Part part, int i) { return parts + (part * kRows + i) * kMixing; }
   FORDE_INLINE float& sum(Part part, int i) { return sums[part * kRows + i]; }
@@ -28,8 +29,9 @@ struct RuleOfSample {
   float to_s[kRows], beyond[kRows];  // rho; rho less row 0's
   double sums_near[64];  // without F: distances of pairs of rows s' and, behind them, squares
   double near[kSquare];  // distances of pairs of rows s
-  float far[64];         // with F: of pairs and, behind them, what s^T F F^T s grows by from row 0 to another
-  float partial[kRowThreads / 32][64];
+  float far[kSquare];    // with F
+  float growth[kRows];   // of s^T F F^T s from row 0 to each
+  alignas(16) float x[kRows + 1][kMostRank];  // rows of s^T F less what all lack; and twice row 0 as it is
 };
 
 constexpr int kSplits = 8;  // whose sums are on their way at once
@@ -100,7 +102,7 @@ struct LowRankRule {
   RuleOfSample& rule;
   double* const rows;  // sums of kernel values over j and the block's samples
 
-  static constexpr int kRows = kLowRankMembers, kPairs = kLowRankPairs;
+  static constexpr int kRows = kLowRankMembers;
 
   // The rows of x, a column for each thread: sums over the splits.
   FORDE_INLINE void find_rows(int sample, float (&x)[kRows]) const {
@@ -117,31 +119,45 @@ struct LowRankRule {
         FORDE_UNROLL for (int m = 0; m < kRows; ++m) x[m] += part[n][m / 2].of[m % 2];
       FORDE_UNROLL for (int m = 0; m < kRows / 2; ++m) rows[m] += kSplits * kItem;
     }
-    if (block.thread() >= kRank)
-      FORDE_UNROLL for (int m = 0; m < kRows; ++m) x[m] = 0;
   }
 
-  // From contrasts to the rows of x up to what all lack; their sums over the columns.
-  FORDE_INLINE void add_sums(float (&x)[kRows]) const {
-    const float rho = rule.to_s[0], lacking = rho * x[0], twice = 2 * lacking;
-    float total = 0, sums[kPairs + kRows - 1], of_warp[2];
+  // From contrasts to the rows of x up to what all lack.
+  FORDE_INLINE void find_x(float (&x)[kRows]) const {
+    const float rho = rule.to_s[0], lacking = rho * x[0];
+    float total = 0;
     FORDE_UNROLL for (int m = 1; m < kRows; ++m) total += m < f.members ? x[m] : 0;
     FORDE_UNROLL for (int m = 1; m < kRows; ++m) x[m] = multiply_add(rule.to_s[m], x[m], rule.beyond[m] * x[0]);
     x[0] = rho * (total * p.per_total);
-    FORDE_UNROLL for (int i = 0; i < kRows; ++i)
-      FORDE_UNROLL for (int j = i + 1; j < kRows; ++j) {
-        const float difference = x[j] - x[i];
-        sums[pair(i, j)] = difference * difference;
-        if (i == 0) sums[kPairs + j - 1] = difference * ((x[j] + x[0]) + twice);
-      }
-    add_over_warp(block, sums, of_warp);
-    FORDE_UNROLL for (int part = 0; part < 2; ++part) rule.partial[block.warp()][part * 32 + block.lane()] = of_warp[part];
-    block.sync();
-    if (block.thread() < 64) {
-      float all = 0;
-      FORDE_UNROLL for (int n = 0; n < kRowThreads / 32; ++n) all += rule.partial[n][block.thread()];
-      rule.far[block.thread()] = all;
+    if (block.thread() < kRank) {
+      FORDE_UNROLL for (int m = 0; m < kRows; ++m) rule.x[m][block.thread()] = x[m];
+      rule.x[kRows][block.thread()] = 2 * (x[0] + lacking);
     }
+    block.sync();
+  }
+
+  // Sums over the columns, four threads for each: of rows i and (i + k) % kRows for k up to half of kRows, and of row i
+  // and row 0. A loop, as its code is cold; equal rows have equal sums, as all are in one order.
+  FORDE_INLINE void add_columns() const {
+    const unsigned thread = block.thread(), n = thread / 4, k = n / kRows + 1, i = n % kRows, j = (i + k) % kRows;
+    const bool growth = k == kRows / 2 + 1;
+    static_assert(kRows % 2 == 0 && (kRows / 2 + 1) * kRows * 4 <= kRowThreads, "");
+    const float *one = rule.x[i], *other = rule.x[growth ? 0 : j];
+    float sums[2] = {};
+    FORDE_ROLLED for (unsigned first = thread % 4 * 4; first < kRank; first += 32)
+      FORDE_UNROLL for (unsigned half = 0; half < 2; ++half) {
+        const unsigned column = first + (half + n) % 2 * 16;  // of two sums that are read together in different banks
+        const Four a = load_four(one + column), b = load_four(other + column), c = growth ? load_four(rule.x[kRows] + column) : Four{};
+        FORDE_UNROLL for (int v = 0; v < 4; ++v) {
+          const float difference = a.of[v] - b.of[v];
+          sums[half] = multiply_add(difference, difference + c.of[v], sums[half]);
+        }
+      }
+    float total = sums[0] + sums[1];
+    total += block.shuffle(total, 1);
+    total += block.shuffle(total, 2);
+    if (thread % 4 == 0 && growth) rule.growth[i] = total;
+    if (thread % 4 == 0 && k <= kRows / 2) rule.far[i * kRows + j] = total;
+    if (thread % 4 == 0 && k < kRows / 2) rule.far[j * kRows + i] = total;
     block.sync();
   }
 
@@ -149,10 +165,9 @@ struct LowRankRule {
   FORDE_INLINE void weigh(int sample) const {
     const unsigned M = f.members, thread = block.thread(), i = thread / kRows, j = thread % kRows;
     const bool own = i < M && j < M;
-    const double far = own && i != j ? rule.far[i < j ? pair(i, j) : pair(j, i)] : 0, near = own ? rule.near[thread] : 0;
-    const auto growth = [&](unsigned n) { return n == 0 ? 0 : rule.far[kPairs + n - 1]; };
+    const double far = own && i != j ? rule.far[thread] : 0, near = own ? rule.near[thread] : 0;
     const auto missing = [&](unsigned n) { return f.eps * rule.r[n] * rule.r[n]; };  // 1 - |s_n|^2
-    const float half = own ? float(0.5 * (p.far_unit * (far + growth(i) - growth(j)) + f.tail * (near + missing(j) - missing(i)))) : 0;
+    const float half = own ? float(0.5 * (p.far_unit * (far + rule.growth[i] - rule.growth[j]) + f.tail * (near + missing(j) - missing(i)))) : 0;
     const float length = sqrtf(float(far));
     const float d = near == 0 ? 0 : float(p.far_unit * far + f.tail * near);  // equal rows have no distance
     if (thread < rule.kSquare) rule.d[thread] = own ? d : INFINITY;
@@ -198,19 +213,21 @@ struct LowRankRule {
     const int column = block.thread(), row = sample % kGroup * kRows;
     if (column >= kRank) return;
     Half* y = workspace<Half>(f, p.at.y) + int64_t(sample / kGroup) * kTileRows * kRank + column / 8 * (kTileRows * 8) + row * 8 + column % 8;
-    FORDE_UNROLL for (int i = 0; i < kRows; ++i) {
+    FORDE_ROLLED for (int i = 0; i < f.members; ++i, y += 8) {
+      const float own = rule.x[i][column];
       float total = 0;
       Four weights[kMixing / 4];
       FORDE_UNROLL for (int n = 0; n < kMixing / 4; ++n) weights[n] = load_four(rule.row(rule.kWeight, i) + 4 * n);
-      FORDE_UNROLL for (int j = 0; j < kRows; ++j) total = multiply_add(weights[j / 4].of[j % 4], x[i] - x[j], total);
-      if (i < f.members) y[i * 8] = to_half(total * rule.sum(rule.kLength, i));
+      FORDE_UNROLL for (int j = 0; j < kRows; ++j) total = multiply_add(weights[j / 4].of[j % 4], own - x[j], total);
+      *y = to_half(total * rule.sum(rule.kLength, i));
     }
   }
 
   // From the rows of x, when all that needs no F has been found.
   FORDE_INLINE void find(int sample, float (&x)[kRows]) const {
     static_assert(kRows + 2 == kMixing && kRows * kMixing <= kRowThreads, "");
-    add_sums(x);
+    find_x(x);
+    add_columns();
     weigh(sample);
     write_mixing(sample);
     write_mixed(sample, x);

@@ -59,8 +59,8 @@ struct MultiplyUp {
     constexpr int kFactors = kFactorStagesUp - 1;
     const int tiles = range(f, p, item).tiles();
     const int rows = tiles < kRowStagesUp ? tiles : kRowStagesUp, factors = tiles < kFactors ? tiles : kFactors;
-    for (int n = 0; n < rows; ++n) arrivals.rows.wait(block, row_turn++);
-    for (int n = 0; n < factors; ++n) arrivals.factor.wait(block, factor_turn++);
+    FORDE_ROLLED for (int n = 0; n < rows; ++n) arrivals.rows.wait(block, row_turn++);
+    FORDE_ROLLED for (int n = 0; n < factors; ++n) arrivals.factor.wait(block, factor_turn++);
   }
 
   FORDE_INLINE void copy_mixed(const Range& own) const {
