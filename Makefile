@@ -9,10 +9,10 @@ SOURCES := setup.py pyproject.toml $(wildcard csrc/*.h csrc/*/*)
 .PHONY: run test lint clean
 
 run: .venv/installed
-	@rm -rf runs/first
-	$(BIN)/forde-fast compare --out runs/first
-	@echo 'Next: $(BIN)/forde-fast report runs/first    one page of all of it, runs/first/report/index.html'
-	@echo '      $(BIN)/forde-fast train --help         your own data, model and method; README.md has examples'
+	@rm -rf runs/demo
+	$(BIN)/forde-fast compare --out runs/demo
+	@echo 'Next: $(BIN)/forde-fast report runs/demo    one page of all of it, runs/demo/report/index.html'
+	@echo '      $(BIN)/forde-fast train --help        your own data, model and method; README.md has examples'
 
 test: .venv/installed-tests
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder

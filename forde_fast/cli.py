@@ -70,7 +70,8 @@ def _compare(command):
 
         folder, runs = options.parser.checked(prepare)
         results = {run.config.method: _train_run(options, run, "the same command with --resume") for run in runs}
-        plots.training({run.config.method: run.log() for run in runs}, folder / "training.png")
+        if not rank():
+            plots.training({run.config.method: run.log() for run in runs}, folder / "training.png")
         _show(options, results, folder)
         if "de" in results and len(results) > 1 and not options.json and not rank():
             _against(results)
@@ -87,16 +88,20 @@ def _evaluate(command):
     command.add_argument("--corrupted-dir", help=f"a folder or .tar such as CIFAR-10-C, {other}")
     command.add_argument("--ood", metavar="NAME,...", help="sets of unknown images, such as svhn, digits, noise")
     command.add_argument("--ood-dir", help="where such a set lies that does not come with the package")
+    command.add_argument("--device", help="such as cpu, cuda:1; default: as it was trained on, if that is here")
     command.add_argument("--json", action="store_true", help="print all of it as JSON")
 
     def call(options) -> int:
         from forde_fast.run import open_run
 
-        names = ("data_dir", "corrupted_dir", "ood", "ood_dir")
-        run = options.parser.checked(
-            lambda: open_run(options.run, **{name: getattr(options, name) for name in names})
-        )
-        return _show(options, {run.config.method: run.evaluate()}, run.folder)
+        names = ("data_dir", "corrupted_dir", "ood", "ood_dir", "device")
+        given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+        run = options.parser.checked(lambda: open_run(options.run, **given))
+        try:
+            metrics = run.evaluate()
+        except (OSError, ValueError) as error:  # a file that is read only when its turn comes
+            options.parser.stop(str(error))
+        return _show(options, {run.config.method: metrics}, run.folder)
 
     return call
 
@@ -295,6 +300,7 @@ def _train_run(options, run, again: str) -> dict:
     """Train with a line of progress; what stops it is one line that says how to go on."""
     from forde_fast import distributed
     from forde_fast.signals import Interrupted
+    from forde_fast.validation import NotFinite
 
     say = functools.partial(print, file=sys.stderr) if rank() == 0 else lambda text: None
     if run.finished:
@@ -316,8 +322,10 @@ def _train_run(options, run, again: str) -> dict:
         options.parser.exit(128 + stop.number, f"interrupted by {name}, all is kept; go on with: {again}\n")
     except OSError as error:
         options.parser.stop(f"{error}; go on with: {again}")
-    except ValueError as error:  # numbers that are no longer finite
+    except NotFinite as error:
         options.parser.stop(f"{error}; see: forde-fast doctor {run.folder}")
+    except ValueError as error:
+        options.parser.stop(f"{error}; go on with: {again}")
     except MemoryError as error:
         options.parser.stop(f"out of memory: {error}; {again} takes another --members-at-a-time")
     except RuntimeError as error:

@@ -162,7 +162,8 @@ def resumed(settings: dict, folder: Path) -> dict:
     for name, value in settings.items():
         kept = held.get(name, FIELDS[name].default)
         expect(name in MOVABLE or value == kept, name, f"{kept!r} as in {path}", repr(value))
-    return {**held, **{name: value for name, value in settings.items() if name in MOVABLE}}
+    moved = {name: value for name, value in settings.items() if name in MOVABLE}
+    return {**held, **moved, "out": str(folder)}  # the folder may have been renamed
 
 
 def to_toml(config: TrainConfig) -> str:

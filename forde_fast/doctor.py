@@ -141,7 +141,7 @@ def _unstable(log, late) -> Finding | None:
 
 def _weak(log, late) -> Finding | None:
     ratio = _middle(late, "gradient_ratio")
-    if ratio >= Limits.weak:
+    if ratio >= Limits.weak or ratio == 0:  # 0: cross-entropy has none to compare it with
         return None
     return Finding(
         "repulsion too weak",
@@ -153,7 +153,7 @@ def _weak(log, late) -> Finding | None:
 def _dominates(log, late) -> Finding | None:
     ratio = _middle(late, "gradient_ratio")
     first = _middle(log[: max(1, len(log) // 20)], "cross_entropy")
-    share = _middle(late, "cross_entropy") / first
+    share = _middle(late, "cross_entropy") / first if first else 0.0
     if ratio <= Limits.strong or share < Limits.fallen:
         return None
     return Finding(
@@ -164,7 +164,7 @@ def _dominates(log, late) -> Finding | None:
 
 
 def _dead(log, late) -> Finding | None:
-    share = sum(r["dead_rows"] for r in late) / sum(r["rows"] for r in late)
+    share = sum(r["dead_rows"] for r in late) / max(1, sum(r["rows"] for r in late))
     if share <= Limits.dead:
         return None
     return Finding(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from forde_fast import heap
 from forde_fast.ensemble import Ensemble, trainable
-from forde_fast.validation import reason_of
+from forde_fast.validation import NotFinite, reason_of
 
 MARGIN = 1.3  # of what graphs hold, for what passes need besides
 
@@ -22,7 +22,7 @@ class OutOfMemory(MemoryError):
 
 
 def check_step(ensemble: Ensemble, g: Tensor, log, step: int, first: int = 0) -> None:
-    """ValueError, with step, member and layer, for a gradient [M, P] that is not finite, or a number of the log.
+    """NotFinite, with step, member and layer, for a gradient [M, P] that is not finite, or a number of the log.
 
     first  the number of the ensemble's first member among all
     """
@@ -33,23 +33,24 @@ def check_step(ensemble: Ensemble, g: Tensor, log, step: int, first: int = 0) ->
             bad = [name for (name, _), part in zip(named, parts, strict=True) if not torch.isfinite(part).all()]
             if bad:  # the last one is where a backward pass meets it first
                 where = f"step {step}, member {first + number}, layer {bad[-1]}"
-                raise ValueError(f"{where}: expected a finite gradient, got nan or infinity; try a smaller lr")
+                raise NotFinite(f"{where}: expected a finite gradient, got nan or infinity; try a smaller lr")
     for name, number in log._asdict().items():
         if not math.isfinite(number):
-            raise ValueError(f"step {step}: expected a finite {name}, got {float(number)}; try a smaller lr")
+            raise NotFinite(f"step {step}: expected a finite {name}, got {float(number)}; try a smaller lr")
 
 
 def located(
     ensemble: Ensemble, x: Tensor, y: Tensor, loss, error: Exception, step: int, first: int = 0
 ) -> ValueError:
-    """The error of a step on x, y with the member and the layer where numbers stop being finite, if one is found."""
+    """The error of a step on x, y: with the member and the layer where numbers stop being finite, if one is found,
+    and then NotFinite."""
     for number, member in enumerate(ensemble.members):
         with _buffers_kept(member):
             layer, what = fault(member, x, y, loss)
         if layer is not None:
             where = f"step {step}, member {first + number}, layer {layer or type(member).__name__}"
-            return ValueError(f"{where}: expected {what}, got nan or infinity; try a smaller lr")
-    return ValueError(f"step {step}: {reason_of(error)}")
+            return NotFinite(f"{where}: expected {what}, got nan or infinity; try a smaller lr")
+    return (NotFinite if isinstance(error, NotFinite) else ValueError)(f"step {step}: {reason_of(error)}")
 
 
 def fault(module: nn.Module, x: Tensor, y: Tensor, loss) -> tuple[str | None, str]:
@@ -85,7 +86,7 @@ def fault(module: nn.Module, x: Tensor, y: Tensor, loss) -> tuple[str | None, st
 
 
 def check_state(ensemble: Ensemble, step: int, first: int = 0) -> None:
-    """ValueError for parameters that are not finite: such a state is not to be kept."""
+    """NotFinite for parameters that are not: such a state is not to be kept."""
     flat = ensemble.flat.detach()
     if math.isfinite(flat.sum()) or torch.isfinite(flat).all():
         return
@@ -93,7 +94,7 @@ def check_state(ensemble: Ensemble, step: int, first: int = 0) -> None:
         for name, p in trainable(member):
             if not torch.isfinite(p).all():
                 where = f"step {step}, member {first + number}, layer {name}"
-                raise ValueError(f"{where}: expected finite parameters, got nan or infinity; try a smaller lr")
+                raise NotFinite(f"{where}: expected finite parameters, got nan or infinity; try a smaller lr")
 
 
 @contextlib.contextmanager

@@ -371,4 +371,5 @@ def _check_finite(particles: Tensor, others: Tensor | None, outcome: Tensor | No
         if tensor is not None:
             validation.finite(tensor.detach(), name)
     sound = outcome is None or math.isfinite(outcome.item())
-    expect(sound, "particles", "squared norms and distances within the range of their dtype", "an overflow")
+    expected = "squared norms and distances within the range of their dtype"
+    expect(sound, "particles", expected, "an overflow", validation.NotFinite)

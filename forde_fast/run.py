@@ -329,19 +329,32 @@ class Run:
         )
 
 
-def open_run(folder: str | Path, **others: str | None) -> Run:
-    """The run that a folder holds, trained, with `others` than None in the place of its settings.
+def open_run(folder: str | Path, data: Images | None = None, **others: str | None) -> Run:
+    """The run that a folder holds, trained, with `others` in the place of its settings.
 
-    Raises FileNotFoundError or ValueError for a folder without one.
+    data  the run's, where it has been read already
+
+    It need not have been trained on this machine: what only training needs may be missing. Raises FileNotFoundError
+    or ValueError for a folder without a run.
     """
     folder = Path(folder)
     held = (folder / "config.toml").is_file()
     expect(held, "run", "the folder of a run, with its config.toml", folder, FileNotFoundError)
     settings = configuration.read(folder / "config.toml")
-    others = {name: value for name, value in others.items() if value is not None}
-    run = Run(TrainConfig(**{**settings, "out": str(folder), **others}))
+    settings |= {"backend": "auto", "tensorboard": False, "out": str(folder)}
+    if not _is_here(settings.get("device", "auto")):
+        settings["device"] = "auto"
+    run = Run(TrainConfig(**{**settings, **others}), data)
     load_ensemble(folder / "checkpoint.safetensors", run.ensemble)
     return run
+
+
+def _is_here(device: str) -> bool:
+    try:
+        find_device(device)
+    except ValueError:
+        return False
+    return True
 
 
 def find_device(name: str) -> torch.device:

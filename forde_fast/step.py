@@ -40,7 +40,8 @@ class Log(NamedTuple):
     gradient_cosine    mean cosine between two members' particles: 1 where they agree, the quantity FoRDE lowers
     weight_entropy     mean entropy, in nats, of the kernel weights of a member; log(M B) where all are alike
     kernel_mean        mean of the kernel exp(-d / h) between two different members, from 0 to 1
-    gradient_ratio     norm of the weighted repulsion's parameter gradient over that of the cross-entropy
+    gradient_ratio     norm of the weighted repulsion's parameter gradient over that of the cross-entropy; 0 where
+                       the latter is
     input_alignment    mean |cosine| between a member's input gradient and the input: 0 for a network that
                        normalises each input inside (scaling the input then changes nothing)
     input_variance     the batch's variance over that of the images on which the lengthscale was fitted
@@ -273,7 +274,8 @@ def gradient(
     g, plain = graphs.pull_back(cotangents, measure_ratio, ranks.add)
     ranks.added()
     if measure_ratio:
-        found["gradient_ratio"] = ranks.norm(g - plain) / ranks.norm(plain)
+        own = ranks.norm(plain)
+        found["gradient_ratio"] = torch.where(own > 0, ranks.norm(g - plain) / own, 0)
         found |= _measure_inputs(x[:n], values, objective.lengthscale, ranks)
     ranks.average_shared_(ensemble, g)
     return g, Log(**log | found)

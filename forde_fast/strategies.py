@@ -281,7 +281,7 @@ class _Streams:
         self.pool = [] if device is None else _pool(device)
 
     def __enter__(self) -> None:
-        self.outside = torch.cuda.current_stream() if self.pool else None
+        self.outside = torch.cuda.current_stream(self.pool[0].device) if self.pool else None
         for stream in self.pool:
             stream.wait_stream(self.outside)
 

@@ -80,7 +80,8 @@ class Trainer:
     memory_budget     bytes that a step may take for its tensors (what libraries take for themselves comes on top)
                       beyond the parameters, the velocity and what else there is before it: the first batch tells how
                       many members at a time that allows. The first step raises ValueError if it allows none.
-                      On a CPU with glibc, what steps free stays the process's own until `fit` ends (forde_fast.heap)
+                      On a CPU with glibc, what steps free is kept for the next ones, and given back when `fit` ends
+                      (forde_fast.heap)
     channels_last     images in that memory layout. None: on CUDA in tf32 or bf16, where every member's attribute
                       `channels_last` says that it works so, as this package's networks do
     cuda_graph        on CUDA, record each kind of step once and launch it as a whole from then on, with the same

@@ -10,6 +10,10 @@ from torch import Tensor
 FLOATS = (torch.float32, torch.float64, torch.bfloat16)
 
 
+class NotFinite(ValueError):
+    """Numbers that are not finite, and where."""
+
+
 LONGEST = 400  # characters of what was expected, and of what came: either may quote a file of any content
 
 
@@ -82,7 +86,7 @@ def finite(tensor: Tensor, name: str) -> None:
         return
     bad = ~torch.isfinite(tensor)
     if bad.any():
-        raise ValueError(
+        raise NotFinite(
             f"{name}: expected finite numbers, got {tensor[bad][0].item()} at {bad.nonzero()[0].tolist()}"
         )
 

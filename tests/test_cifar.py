@@ -109,6 +109,8 @@ def test_pickles_run_no_code(tmp_path, monkeypatch):
     for code in (b"cos\nsystem\n(S'touch evil'\ntR.", b"cnumpy\nload\n(S'evil'\ntR.", b"cbuiltins\neval\n(S'1'\ntR."):
         with pytest.raises(ValueError, match="it asks for "):
             unpickle("b", code)
+    with pytest.raises(ValueError, match="it changes a "):  # the attributes of a function
+        unpickle("b", b"c_codecs\nencode\n}S'x'\nI1\nsb.")
     assert not list(tmp_path.iterdir())
     arrays = {"data": np.arange(6, dtype=np.uint8).reshape(2, 3), b"name": "x", "labels": [1, 2]}
     for protocol in range(6):

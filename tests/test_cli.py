@@ -72,6 +72,33 @@ def test_evaluate_gives_what_training_gave(tmp_path, capsys):
     assert found == {name: trained[name] for name in found}
 
 
+def test_a_run_of_another_machine_is_evaluated(tmp_path, capsys):
+    """One with other GPUs, where the run lay in another folder."""
+    run("train", *TINY, "--out", tmp_path / "one", "--json")
+    trained = json.loads(capsys.readouterr().out)["forde-pca"]
+    config = tmp_path / "one" / "config.toml"
+    text = config.read_text().replace('device = "auto"', 'device = "cuda:7"')
+    config.write_text(text.replace('backend = "auto"', 'backend = "cuda"'))
+    assert [tomllib.loads(config.read_text())[name] for name in ("device", "backend")] == ["cuda:7", "cuda"]
+    moved = (tmp_path / "one").rename(tmp_path / "moved")
+    assert run("evaluate", moved, "--json") == 0
+    found = json.loads(capsys.readouterr().out)["forde-pca"]
+    assert found == {name: trained[name] for name in found}
+    assert "device: expected one that is here" in refused(capsys, "evaluate", moved, "--device", "cuda:9")
+
+
+def test_a_file_that_fails_in_its_turn_is_one_line(tmp_path, capsys):
+    run("train", *TINY, "--out", tmp_path / "one")
+    run("corrupt", "--data", "digits", "--test-size", "200", "--names", "fog,contrast", "--out", tmp_path / "C")
+    contrast = np.load(tmp_path / "C" / "contrast.npy")
+    np.save(tmp_path / "C" / "contrast.npy", contrast.astype(object), allow_pickle=True)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        run("evaluate", tmp_path / "one", "--corrupted-dir", tmp_path / "C")
+    assert stop.value.code in (1, 2)
+    assert capsys.readouterr().err.count("\n") == 1
+
+
 def test_the_same_seed_gives_the_same_bytes(tmp_path):
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
         run("train", *TINY, "--seed", seed, "--augment", "--out", tmp_path / name)

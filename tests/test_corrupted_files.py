@@ -180,6 +180,8 @@ def test_bad_class_folders_are_named(tmp_path):
     write_tiny_c(tmp_path, ("fog",))
     with pytest.raises(FileNotFoundError, match=r"fog/1/n04: expected a folder that is there"):
         open_corrupted(tmp_path, (8, 8, 3), (*CLASSES, "n04 hen"))
+    with pytest.raises(ValueError, match=r"test_0\.JPEG: expected an image of shape \[8, 8\], got \[8, 8, 3\]"):
+        open_corrupted(tmp_path, (8, 8), CLASSES)
     with pytest.raises(ValueError, match=r"test_0\.JPEG: expected \(9, 8\) pixels"):
         open_corrupted(tmp_path, (9, 8, 3), CLASSES)
     (tmp_path / "fog" / "3" / "n02" / "test_1.JPEG").write_bytes(b"no image")

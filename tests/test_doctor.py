@@ -117,6 +117,11 @@ def test_a_sound_run_is_left_alone(name, tmp_path):
     assert examine(train(tmp_path, **options)) == []
 
 
+def test_a_loss_that_was_0_from_the_start(tmp_path):
+    log = [{**record, "cross_entropy": 0.0, "gradient_ratio": 0.0, "rows": 0} for record in train(tmp_path)]
+    assert examine(log) == []
+
+
 def test_a_deep_ensemble_has_nothing_to_examine(tmp_path):
     log = train(tmp_path, ff.Ensemble(network, 1))
     assert set(log[0]) == {"step", "epoch", "rows", "cross_entropy"}

@@ -64,6 +64,15 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(SETTINGS, "small", TINY)
     assert cli.main(["experiment", "bandwidth", "--seeds", "1", "--out", str(tmp_path / "b"), "--device", "cpu"]) == 0
     assert capsys.readouterr().out.startswith("# bandwidth")
+
+    def fails(name, lab):
+        raise ValueError("step 3: expected a finite bandwidth")
+
+    monkeypatch.setattr(registry, "run", fails)
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["experiment", "bandwidth", "--out", str(tmp_path / "c")])
+    assert stop.value.code == 1
+    assert capsys.readouterr().err == "forde-fast experiment: error: step 3: expected a finite bandwidth\n"
     for arguments, message in ((["sweep"], "name: expected one of lengthscale"),
                                (["size", "--setting", "large"], "setting: expected one of small")):  # fmt: skip
         with pytest.raises(SystemExit) as stop:

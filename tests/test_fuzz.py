@@ -4,10 +4,12 @@
 what it could not bear.
 """
 
+import atexit
 import gzip
 import io
 import json
 import pickle
+import shutil
 import struct
 import sys
 import tarfile
@@ -37,6 +39,7 @@ from forde_fast.data.datasets import read_idx
 from forde_fast.lengthscales.base import Lengthscale
 
 FOLDER = Path(tempfile.mkdtemp(prefix="forde_fast_fuzz"))
+atexit.register(shutil.rmtree, FOLDER, ignore_errors=True)
 ENSEMBLE = ff.Ensemble(lambda: nn.Linear(2, 2), 2)
 
 

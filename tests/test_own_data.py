@@ -155,6 +155,13 @@ def test_a_csv_of_numbers_with_named_classes(tmp_path):
         load("table", path)  # then the last column is the label
 
 
+@pytest.mark.parametrize("head", ["\ufefflabel,size", " label ,size"], ids=["a byte order mark", "spaces"])
+def test_a_label_is_found_as_spreadsheets_write_it(head, tmp_path):
+    (tmp_path / "t.csv").write_text(head + "\n" + "\n".join(f"{i % 2},{i}" for i in range(10)), encoding="utf-8")
+    table = load("table", tmp_path / "t.csv")
+    assert torch.equal(table.train_images[:, 0] % 2, table.train_labels.float())
+
+
 NAN = features()
 NAN["x"][7, 2] = np.nan
 

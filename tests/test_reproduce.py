@@ -17,6 +17,7 @@ from forde_fast.experiments.corrupted import Corrupted
 from forde_fast.experiments.reproduce import TUNING_SEED, Reproduction, Setting
 from forde_fast.experiments.tables import TABLES, Table
 from forde_fast.signals import Interrupted
+from forde_fast.validation import NotFinite
 
 TINY = Table("digits", "mlp", width=8, members=2, seeds=2, methods=("de", "forde-tuned"), published=("forde-tuned",),
              epochs=1, train_size=200, test_size=40, weight_decays=(5e-4, 5e-3), alphas=(0.4,))  # fmt: skip
@@ -78,6 +79,7 @@ def test_runs_are_paired_and_tuning_uses_other_seeds_images_and_corruptions(tmp_
     assert [(c.method, c.seed) for c in table] == [(name, seed) for name in names for seed in (0, 1)]
     assert all(c.validation == 0 for c in table)
     assert {c.seed for c in tuning} == {TUNING_SEED}
+    assert TUNING_SEED not in {c.seed for c in table}
     assert all(c.validation == TINY.validation for c in tuning)
     assert {c.weight_decay for c in tuning if c.method == "de"} == {5e-4, 5e-3}
     assert {c.repulsion_weight for c in tuning if c.method == "forde-tuned"} == {1.0, 5.0, 20.0, 80.0}
@@ -123,7 +125,7 @@ def test_a_run_of_another_setting_does_not_stand_for_the_tuned_one(tmp_path, mon
 def test_a_run_that_diverged_is_not_chosen(tmp_path, monkeypatch):
     def diverges(run, resume):
         run.folder.mkdir(parents=True)
-        raise ValueError("particles: expected finite numbers")
+        raise NotFinite("particles: expected finite numbers")
 
     monkeypatch.setattr(reproduce.TunedRun, "train", diverges)
     table = Reproduction(TINY, tmp_path)
@@ -131,6 +133,19 @@ def test_a_run_that_diverged_is_not_chosen(tmp_path, monkeypatch):
     assert table.loss("de", Setting(5e-4, 1.0, 0.4)) == math.inf
     assert table.loss("de", Setting(5e-4, 1.0, 0.4)) == math.inf
     assert (table.done, table.skipped) == (1, 1)
+    with pytest.raises(ValueError, match=r"^method: expected a setting that can be trained, got de: all of them"):
+        table.tune("de")
+
+
+def test_an_error_is_no_divergence(tmp_path, monkeypatch):
+    def fails(run, resume):
+        raise ValueError("corrupted: expected 40 images")
+
+    monkeypatch.setattr(reproduce.TunedRun, "train", fails)
+    table = Reproduction(TINY, tmp_path)
+    with pytest.raises(ValueError, match="expected 40 images"):
+        table.loss("de", Setting(5e-4, 1.0, 0.4))
+    assert not list(tmp_path.rglob("metrics.json"))
 
 
 def test_another_table_in_the_folder(tmp_path):
@@ -206,6 +221,7 @@ def test_intervals_are_students():
     assert found.mean + found.half == pytest.approx(high)
     assert found.sign == 1
     assert math.isinf(summary.interval([1.0]).half)
+    assert (summary.Interval(0.9, 1.0).sign, summary.Interval(-1.1, 1.0).sign) == (0, -1)
     assert summary.interval([1.0]).sign == summary.interval([-1.0, 1.0]).sign == 0
 
 

@@ -17,7 +17,7 @@ from torch import nn
 
 import forde_fast as ff
 from forde_fast import cli
-from forde_fast.checkpoint import Checkpoints, pack, unpack
+from forde_fast.checkpoint import Checkpoints, pack, read_member, unpack
 from forde_fast.files import write
 from forde_fast.signals import Interrupted, StopSignals
 from forde_fast.watching import JSONLines
@@ -146,9 +146,12 @@ def test_the_last_two_are_kept_and_a_damaged_one_is_passed_over(tmp_path):
     assert (first.name[:8], last.name[:8]) == ("00000003", "00000004")
     assert kept.check() == (4, [])
     assert kept.read(4)["steps"] == 4
+    assert torch.equal(read_member(kept.folder, 1)["1.weight"], one.ensemble.member(1)[1].weight)
     content = bytearray(last.read_bytes())
     content[-5] ^= 1
     last.write_bytes(content)
+    with pytest.raises(ValueError, match=r"^folder: expected whole checkpoints, got .*of another checksum"):
+        read_member(kept.folder, 1)
     assert kept.check() == (3, [last])
     kept.write({**one.state_dict(), "steps": 5})
     assert [path.name[:8] for path in kept.paths()] == ["00000003", "00000005"]  # the damaged one counts no more
@@ -301,6 +304,19 @@ def test_a_damaged_last_checkpoint_is_named_and_the_one_before_it_used(tmp_path,
     assert f"{last}: damaged" in said
     assert "going on after step 9" in said
     assert same_run(folder, undisturbed)
+
+
+def test_a_run_in_a_renamed_folder_goes_on_there(tmp_path, undisturbed, monkeypatch):
+    folder = tmp_path / "before"
+    with monkeypatch.context() as patch:
+        at_step(patch, 10, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        stopped(*TINY, "--out", folder, "--checkpoint-every", 3)
+    (tmp_path / "runs").mkdir()
+    renamed = folder.rename(tmp_path / "runs" / "first")  # the folder that is taken without --out
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["train", "--resume"]) == 0
+    assert not folder.exists()
+    assert same_run(renamed, undisturbed)
 
 
 def test_a_finished_run_says_so(undisturbed, capsys):

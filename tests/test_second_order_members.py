@@ -91,6 +91,7 @@ BAD = [
     ("convolve", {"weight": torch.randn(8, 4, 3, 3)}, "x: expected 4 channels, got 3"),
     ("convolve", {"weight": torch.randn(8, 3, 3, 3, dtype=F64)}, "one type"),
     ("convolve", {"weight": torch.randn(8, 3, 7, 7)}, "kernel that fits"),
+    ("convolve", {"stride": (4, 4), "weight": torch.randn(8, 3, 7, 7)}, "kernel that fits"),
     ("convolve", {"bias": torch.randn(7)}, "bias: expected 8"),
     ("convolve", {"members": 3}, "members, groups: expected divisors"),
     ("convolve_input", {"size": (7, 6)}, "g: expected"),

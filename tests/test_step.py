@@ -241,6 +241,15 @@ def test_log_follows_its_formulas(bandwidth):
     assert float(measured(1.5)[1].gradient_ratio) == pytest.approx(float(log.gradient_ratio) / 2, rel=1e-8)
 
 
+def test_a_loss_without_a_gradient_has_no_ratio():
+    """Of a margin that all samples keep: training goes on."""
+    ensemble, (x, y) = ff.Ensemble(net, 3), batch(6)
+    trainer = ff.Trainer(ensemble, loss=lambda outputs, labels: 0 * F.cross_entropy(outputs, labels))
+    log = trainer.step(x, y)
+    assert log.gradient_ratio == 0
+    assert log.repulsion > 0
+
+
 def test_ratio_is_kept_between_its_measurements():
     trainer, data = ff.Trainer(ff.Ensemble(net, 3)), batches(12)
     ratios = [float(trainer.step(x, y).gradient_ratio) for x, y in data]

@@ -52,12 +52,13 @@ struct Setting {
     TORCH_CHECK(s.size() == 2 && p.size() == 2 && d.size() == 2, "stride, padding, dilation: expected two numbers each");
     for (int a = 0; a < 2; ++a) {
       size[a] = x[a], kernel[a] = weight[a], stride[a] = s[a], padding[a] = p[a], dilation[a] = d[a];
-      TORCH_CHECK(stride[a] > 0 && dilation[a] > 0 && padding[a] >= 0 && result(a) > 0,
+      TORCH_CHECK(stride[a] > 0 && dilation[a] > 0 && padding[a] >= 0 && room(a) >= 0,
                   "expected a kernel that fits into the image, got ", weight, " for ", x);
     }
   }
 
-  int64_t result(int a) const { return (size[a] + 2 * padding[a] - dilation[a] * (kernel[a] - 1) - 1) / stride[a] + 1; }
+  int64_t room(int a) const { return size[a] + 2 * padding[a] - dilation[a] * (kernel[a] - 1) - 1; }  // to move in
+  int64_t result(int a) const { return room(a) / stride[a] + 1; }
 
   Axis forward(int a) const {
     Axis axis;

@@ -167,7 +167,10 @@ class ClassFolders:
 
     def _read(self, path: Path) -> np.ndarray:
         image = read_image(path, self.shape[:2])
-        return image if image.ndim == len(self.shape) else np.stack([image] * 3, -1)
+        if image.ndim < len(self.shape):
+            image = np.stack([image] * 3, -1)
+        expect(image.shape == self.shape, str(path), f"an image of shape {list(self.shape)}", list(image.shape))
+        return image
 
     def __iter__(self) -> Parts:
         step = max(1, SLICE_BYTES // math.prod(self.shape))

@@ -155,13 +155,14 @@ def _whole(y: np.ndarray, count: int, name: str) -> np.ndarray:
 
 def load_csv(path: Path) -> Parts:
     """A table with a line of names first, a column `label` (else the last one) of numbers or names, and numbers."""
-    with open(path, newline="", encoding="utf-8") as file:
+    with open(path, newline="", encoding="utf-8-sig") as file:  # a spreadsheet may have put its mark first
         try:
             head, *rows = [row for row in csv.reader(file) if row]
         except (ValueError, csv.Error) as error:
             raise ValueError(
                 f"{path}: expected a line of names and rows of numbers, got {reason_of(error)}"
             ) from None
+    head = [name.strip() for name in head]
     expect(len(rows) > 0 and len(head) >= 2, str(path), "rows of features and a label", f"{len(rows)} rows")
     at = head.index("label") if "label" in head else len(head) - 1
     features = np.empty((len(rows), len(head) - 1), np.float32)

@@ -105,7 +105,11 @@ def experiment(command):
             say = functools.partial(print, file=sys.stderr, flush=True)
             return Lab(replace(setting, **given), out, options.data_dir, find_device(options.device), say)
 
-        print(run(options.name, options.parser.checked(prepare)))
+        lab = options.parser.checked(prepare)
+        try:
+            print(run(options.name, lab))
+        except (OSError, ValueError, MemoryError) as error:
+            options.parser.stop(str(error))
         return 0
 
     return call

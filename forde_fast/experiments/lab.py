@@ -69,7 +69,7 @@ class Lab:
         whole(setting.seeds, "seeds")
         self.setting, self.out, self.device, self.say = setting, Path(out), torch.device(device), say
         self.data = load(setting.data, data_dir)
-        self.normalise = Normalisation.fit(self.data.train_images)
+        self.normalise = self.data.normalisation or Normalisation.fit(self.data.train_images)
         self.x = self.normalise(self.data.train_images).to(self.device)
         self.y = self.data.train_labels.to(self.device)
         self.classes, self.shape = len(self.data.classes), tuple(self.x.shape[1:])

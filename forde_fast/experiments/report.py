@@ -14,15 +14,14 @@ from typing import NamedTuple
 import numpy as np
 
 from forde_fast import config as configuration
-from forde_fast.checkpoint import load_ensemble
-from forde_fast.config import TrainConfig
+from forde_fast.config import FIELDS
 from forde_fast.data import Images, load
 from forde_fast.doctor import read_log
 from forde_fast.evaluation.metrics import BINS
 from forde_fast.experiments import figures, summary
 from forde_fast.files import make_folder, write
 from forde_fast.methods import NAMES
-from forde_fast.run import Run
+from forde_fast.run import open_run
 from forde_fast.validation import expect
 
 POINTS = 60  # of a trace
@@ -154,7 +153,7 @@ def _reliability(runs: Sequence[Found], path: Path, data_dir: str | None) -> str
             confidence, accuracy, share = reliability_bins(*found)
             rare = share * len(found[0]) < FEW
             bins[row] = (confidence, np.where(rare, np.nan, accuracy), share)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         return f"The images or members are not there: {html.escape(str(error))}"
     figures.reliability(bins, path)
     return ""
@@ -164,10 +163,8 @@ def _predicted(runs: Sequence[Found], data_dir: str | None) -> tuple[np.ndarray,
     """Confidence and correctness of all test images, run after run."""
     confidences, correct = [], []
     for found in runs:
-        moved = {"data_dir": data_dir} if data_dir else {}
-        settings = TrainConfig(**{**found.config, **moved, "out": str(found.folder)})
-        run = Run(settings, _data(settings.data, settings.data_dir))
-        load_ensemble(found.folder / "checkpoint.safetensors", run.ensemble)
+        data = _data(found.config.get("data", FIELDS["data"].default), data_dir or found.config.get("data_dir"))
+        run = open_run(found.folder, data, corrupted_dir=None, ood=None)
         confidence, predicted = run.predict(run.test_images).mean(0).max(1)
         confidences.append(confidence.numpy())
         correct.append((predicted == run.test_labels).numpy())

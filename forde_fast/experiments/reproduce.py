@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,7 +24,7 @@ from forde_fast.experiments.tables import Table
 from forde_fast.files import make_folder, write
 from forde_fast.run import Run, find_device
 from forde_fast.scoring import diversity, flat
-from forde_fast.validation import expect, refuse
+from forde_fast.validation import NotFinite, expect, refuse
 
 TUNING_SEED = 1000  # the first of the seeds that tune: none of those that are reported
 DECAY, ALPHA = 5e-4, 0.4  # the published weight decay; the published alpha on CIFAR-100
@@ -155,6 +156,8 @@ class Reproduction:
             extremes = {min(candidates): "lowest", max(candidates): "highest"}
             if len(extremes) > 1 and getattr(best, name) in extremes:
                 ends[name] = extremes[getattr(best, name)]
+        trained = math.isfinite(losses[best])
+        expect(trained, "method", "a setting that can be trained", f"{method}: all of them diverged")
         return Tuned(best, losses[best], ends)
 
     def loss(self, method: str, setting: Setting) -> float:
@@ -206,7 +209,7 @@ class Reproduction:
             metrics = run.train(resume=True)
             group = metrics.get("clean") or metrics["validation"]
             seen = f"accuracy {100 * group['accuracy']:.1f}, nll {group['nll']:.3f}"
-        except ValueError as error:  # numbers that are no longer finite
+        except NotFinite as error:
             if not isinstance(run, TunedRun):
                 raise
             write(path, json.dumps({"diverged": str(error)}).encode())
