@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from forde_fast import guards, validation
-from forde_fast.ensemble import Ensemble
+from forde_fast.ensemble import Ensemble, untouched
 from forde_fast.modes import evaluation_mode
 from forde_fast.spaces import InputGradients
 from forde_fast.step import Objective
@@ -40,12 +40,12 @@ class Check:
         dimension = getattr(objective.lengthscale, "dimension", None) if by_input else None
         expect(dimension in (None, size), "x", f"{dimension} values per sample, as the lengthscale", size)
         if self.shape != x.shape[1:]:
-            with torch.no_grad(), evaluation_mode(self.ensemble):
+            with torch.no_grad(), evaluation_mode(self.ensemble), untouched(x):
                 self.classes = self.ensemble(x).shape[-1]
             self.shape = x.shape[1:]
         elif x.is_cuda:
             return  # values are looked at once: each look would wait for the device
-        validation.finite(x, "x")
+        validation.finite(x.detach(), "x")
         soft = y.is_floating_point() and y.ndim > 1
         indexed = by_input and not callable(space.score)
         if indexed or (objective.loss is F.cross_entropy and not soft):
@@ -56,14 +56,18 @@ class Check:
 def read(batches: Iterator, epoch: int, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
     """The batches, and where they stop coming, one error that says where."""
     while True:
+        where = f"epoch {epoch}, batch {batch}"
         try:
-            x, y = next(batches)
+            given = next(batches)
         except StopIteration:
             return
         except Exception as error:
             if guards.is_memory(error):  # which has an answer of its own
                 raise
-            where, reason = f"epoch {epoch}, batch {batch}", f"{type(error).__name__}: {reason_of(error)}"
+            reason = f"{type(error).__name__}: {reason_of(error)}"
             raise RuntimeError(f"loader: expected a batch (x, y) in {where}, got {reason}") from error
-        yield x, y
+        kinds = [type(part).__name__ for part in given] if isinstance(given, (tuple, list)) else type(given).__name__
+        pair = isinstance(kinds, list) and len(kinds) == 2 and all(isinstance(part, Tensor) for part in given)
+        expect(pair, "loader", f"a batch (x, y) of two tensors in {where}", kinds, TypeError)
+        yield tuple(given)
         batch += 1

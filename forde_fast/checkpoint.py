@@ -24,6 +24,7 @@ ODD = (LookupError, TypeError, AttributeError, ValueError, RuntimeError)  # what
 
 def save_ensemble(path: str | Path, ensemble: Ensemble) -> None:
     """Every member's parameters and buffers, as `members.<i>.<name>`: what the ensemble's state_dict has."""
+    expect(isinstance(ensemble, Ensemble), "ensemble", "an Ensemble", type(ensemble).__name__, TypeError)
     _save_module(path, ensemble, {"forde_fast.members": str(len(ensemble))})
 
 
@@ -42,6 +43,7 @@ def load_ensemble(path: str | Path, ensemble: Ensemble) -> None:
     Raises FileNotFoundError, and ValueError for a file of another kind or for other members; the ensemble is
     then as it was.
     """
+    expect(isinstance(ensemble, Ensemble), "ensemble", "an Ensemble", type(ensemble).__name__, TypeError)
     expect(Path(path).is_file(), "path", "a checkpoint file", path, FileNotFoundError)
     try:
         with safe_open(path, framework="pt") as file:

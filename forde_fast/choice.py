@@ -114,7 +114,7 @@ def why_not(strategy: Strategy, ensemble: Ensemble, objective: Objective, x: Ten
     with unchanged(ensemble):
         try:
             gradient(ensemble, ensemble.flat, None, x, y, objective, strategy=strategy)
-            with torch.enable_grad(), evaluation_mode(ensemble):
+            with torch.enable_grad(), evaluation_mode(ensemble), _attention_as_in_training():
                 given = ensemble, ensemble.flat, None, x, y, objective.loss
                 own, together = (Graphs(*given, one).plain()[1] for one in (replace(strategy, kind="loop"), strategy))
         except Exception as error:  # whatever a module does that torch.vmap cannot
@@ -122,6 +122,17 @@ def why_not(strategy: Strategy, ensemble: Ensemble, objective: Objective, x: Ten
     bound = 1e3 * torch.finfo(own.dtype if strategy.precision == "full" else torch.bfloat16).eps
     off = (together - own).norm() > bound * own.norm()
     return "the members' losses come out otherwise" if off else ""
+
+
+@contextlib.contextmanager
+def _attention_as_in_training() -> Iterator[None]:
+    """torch's attention layers have another way in evaluation mode, which has no derivative."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def _draws(strategy: Strategy, ensemble: Ensemble, objective: Objective, x: Tensor, y: Tensor) -> bool:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,12 @@ from forde_fast.modes import evaluation_mode
 from forde_fast.types import Prediction
 from forde_fast.validation import expect, refuse, whole
 
-AS_BUILT = "ensemble", "the trainable parameters with which it was built (freeze before building it)"  # of errors
+AS_BUILT = (  # of errors
+    "ensemble",
+    "the trainable parameters with which it was built (freeze before building it), or "
+    "a new one, Ensemble.from_modules(ensemble.members)",
+)
+FROZEN = "some that are frozen now"
 
 
 class Ensemble(nn.Module):
@@ -103,6 +109,19 @@ class Ensemble(nn.Module):
             for p, view in split_row(row, module):
                 p.data = view
 
+    def check_built(self) -> None:
+        """ValueError unless what is trainable now are the views of `flat` that were made of it: what steps move."""
+        storage = self.flat.untyped_storage().data_ptr()
+        for number, (row, leaves, member) in enumerate(zip(self.flat, self.leaves, self.members, strict=True)):
+            named, start = trainable(member), row.storage_offset()
+            expect(all(leaf.requires_grad for leaf in leaves), *AS_BUILT, FROZEN)
+            expect(len(named) == len(leaves), *AS_BUILT, f"{len(named)} in member {number}, not {len(leaves)}")
+            for (name, p), leaf in zip(named, leaves, strict=True):
+                same = p is leaf and p.untyped_storage().data_ptr() == storage and p.storage_offset() == start
+                if not same:
+                    refuse(*AS_BUILT, f"another {name} in member {number}")
+                start += p.numel()
+
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)  # moves or casts parameter by parameter: they are no views afterwards
         self._flatten()
@@ -148,6 +167,8 @@ class Ensemble(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         outputs = [member(x) for member in self.members]
+        kinds = {type(own).__name__ for own in outputs if not isinstance(own, Tensor)}
+        expect(not kinds, "modules", "networks whose output is a tensor [B, ...]", ", ".join(kinds), TypeError)
         shapes = [list(own.shape) for own in outputs]
         odd = next((shape for shape in shapes if shape != shapes[0]), None)
         expect(odd is None, "modules", f"one shape of output, {shapes[0]}", odd)
@@ -163,7 +184,7 @@ class Ensemble(nn.Module):
         if batch_size is None:
             batch_size = _suited(x)
         whole(batch_size, "batch_size")
-        with evaluation_mode(self):
+        with evaluation_mode(self), untouched(x):
             return torch.cat([_wide(self(part)).softmax(-1) for part in x.split(batch_size)], dim=1)
 
     def predict_proba(self, x: Tensor, batch_size: int | None = None) -> Tensor:
@@ -175,6 +196,15 @@ class Ensemble(nn.Module):
         [B] in nats, as `evaluation.uncertainty` has them."""
         members = self.predict_members(x, batch_size)
         return Prediction(members.mean(0), members, **decompose(members))
+
+
+@contextlib.contextmanager
+def untouched(x: Tensor) -> Iterator[None]:
+    """ValueError where what runs in here has changed x in place: the next member would be given another input."""
+    version = None if x.is_inference() else x._version
+    yield
+    same = version is None or x._version == version
+    expect(same, "modules", "networks that leave their input as it is", "one that changes it in place")
 
 
 def _suited(x: Tensor) -> int:

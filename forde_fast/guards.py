@@ -45,8 +45,11 @@ def located(
     """The error of a step on x, y: with the member and the layer where numbers stop being finite, if one is found,
     and then NotFinite."""
     for number, member in enumerate(ensemble.members):
-        with _buffers_kept(member):
-            layer, what = fault(member, x, y, loss)
+        try:
+            with _buffers_kept(member):
+                layer, what = fault(member, x, y, loss)
+        except ValueError:  # the same again, as of a batch that a layer does not take
+            break
         if layer is not None:
             where = f"step {step}, member {first + number}, layer {layer or type(member).__name__}"
             return NotFinite(f"{where}: expected {what}, got nan or infinity; try a smaller lr")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from forde_fast.ensemble import AS_BUILT, trainable
+from forde_fast.ensemble import AS_BUILT, FROZEN, trainable
 from forde_fast.spaces import input_of as with_input_of
 from forde_fast.validation import expect
 
@@ -21,7 +21,7 @@ class One:
                  buffers: list[dict[str, Tensor]] | None):  # fmt: skip
         self.module, self.leaves, self.tensors = module, leaves, dict(buffers[0]) if buffers else {}
         if row is None:
-            expect(all(p.requires_grad for p in leaves), *AS_BUILT, "some that are frozen now")
+            expect(all(p.requires_grad for p in leaves), *AS_BUILT, FROZEN)
         else:
             named = trainable(module)
             self.leaves = _leaves(named, row)

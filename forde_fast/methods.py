@@ -62,7 +62,9 @@ class Method:
 
     def weight_at(self, batch: int) -> float:
         """The factor for a batch of so many samples."""
-        return self.weight(batch) if callable(self.weight) else self.weight
+        weight = self.weight(batch) if callable(self.weight) else self.weight
+        validation.positive(weight, "weight", allow_zero=True)
+        return weight
 
 
 WHOLE = Median(over="batch", add_one=True)  # one kernel matrix, h = med / log(M + 1)

@@ -8,7 +8,7 @@ import contextlib
 import functools
 import math
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -20,6 +20,21 @@ from forde_fast.operators import library
 PRECISIONS = ("tf32", "tf32x3", "ieee")
 
 library.define("matmul(Tensor a, Tensor b, str precision) -> Tensor")
+
+
+def outside_autocast(call: Callable) -> Callable:
+    """`call`, whose products have the precision that is asked of them under the caller's autocast too."""
+
+    @functools.wraps(call)
+    def run(*arguments, **named):
+        given = (*arguments, *named.values())
+        device = next((x.device.type for x in given if isinstance(x, Tensor)), "cpu")
+        if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
+            return call(*arguments, **named)
+        with torch.autocast(device, enabled=False):
+            return call(*arguments, **named)
+
+    return run
 
 
 def matmul(a: Tensor, b: Tensor, precision: str) -> Tensor:

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from forde_fast import operators, validation
 from forde_fast.lengthscales import PCA, Identity
-from forde_fast.precision import PRECISIONS, matmul
-from forde_fast.rule import Median, check_bandwidth, kernel_rule
+from forde_fast.precision import PRECISIONS, matmul, outside_autocast
+from forde_fast.rule import Median, Rule, check_bandwidth, kernel_rule
 from forde_fast.types import Backend, Repulsion
 from forde_fast.validation import expect, refuse
 
@@ -79,6 +79,7 @@ def available_backends() -> dict[str, Backend]:
     return {name: Backend(name, not reason, reason) for name, reason in operators.UNUSABLE.items()}
 
 
+@outside_autocast
 def repulsion(
     particles: Tensor,
     lengthscale=None,
@@ -116,6 +117,8 @@ def repulsion(
     """
     name, implementation = _choose(backend, particles, others, lengthscale, normalize, eps, precision)
     check_bandwidth(bandwidth, particles if others is None else others)
+    if others is not None and isinstance(bandwidth, Rule):
+        refuse("others", "none for this rule, in which particles repel each other", list(others.shape))
     half = None
     # for "auto" too: low ranks take half the time that they take by Triton (bench/gpu.md)
     if name == "cuda" or (backend == "auto" and name == "triton" and not operators.UNUSABLE["cuda"]):
@@ -144,6 +147,7 @@ def repulsion(
             _check_finite(particles, others, d.sum())
             value, c, h = kernel_rule(d, bandwidth)
         result = _narrowed((value, _combine(state, c, projection), h, d), particles.dtype)
+    _refuse_tangents(particles)
     if torch.is_grad_enabled() and particles.requires_grad:
         value = torch.ops.forde_fast.attach_gradient(particles, result.value, result.gradient)
         result = result._replace(value=value)
@@ -157,6 +161,7 @@ def check_backend(backend: str) -> None:
         refuse("backend", f"one that can run here, not {backend!r}", reason, RuntimeError)
 
 
+@outside_autocast
 def distances(
     particles, lengthscale=None, *, others=None, normalize=True, eps=1e-24, backend="auto", precision="tf32"
 ):
@@ -171,6 +176,7 @@ def distances(
     return d.to(operators.accumulation_dtype(particles.dtype)), state
 
 
+@outside_autocast
 def combine(state, c: Tensor) -> Tensor:
     """The second stage: sum_j c[i, j] C (s_i - s_j), taken back through the normalisation.
 
@@ -358,6 +364,15 @@ def _is_default(bandwidth) -> bool:
 
 def _is_identity(lengthscale) -> bool:
     return lengthscale is None or isinstance(lengthscale, Identity)
+
+
+def _refuse_tangents(particles: Tensor) -> None:
+    """RuntimeError where a forward-mode derivative is asked for, which would come out as 0."""
+    forward = torch.autograd.forward_ad
+    if torch.compiler.is_compiling() or forward._current_level < 0:
+        return
+    if forward.unpack_dual(particles).tangent is not None:
+        refuse("particles", "no forward-mode derivative, which the value has not", "a dual tensor", RuntimeError)
 
 
 def _check_finite(particles: Tensor, others: Tensor | None, outcome: Tensor | None = None) -> None:

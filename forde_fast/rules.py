@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from forde_fast.rule import Median, Rule, bandwidth_of, check_bandwidth
-from forde_fast.validation import expect, positive
+from forde_fast.validation import positive
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,6 @@ class SGE(Rule):
         positive(self.ridge, "ridge")
 
     def apply(self, d: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        _check_square(d)
         h = bandwidth_of(d, self.bandwidth).expand_as(d)
         kernel = torch.exp(-d / h).movedim(2, 0)  # [G, M, M]
         slopes = kernel * (-2 / len(kernel)) / h.movedim(2, 0)
@@ -49,7 +48,6 @@ class LIT(Rule):
     """
 
     def apply(self, d: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        _check_square(d)
         cosine = 1 - d / 2
         pairs = torch.triu(cosine.movedim(2, 0), 1)
         return pairs.square().sum() / d.shape[2], cosine * (-2 / d.shape[2]), torch.ones_like(d[0])
@@ -61,13 +59,8 @@ class GAL(Rule):
     robustness of ensembles with diversity training", 2019). The cosine as in `LIT`."""
 
     def apply(self, d: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        _check_square(d)
         kernel = torch.exp(1 - d / 2)  # at most e
         if len(d) == 1:  # no pair
             return torch.zeros_like(d[0, 0, 0]), torch.zeros_like(d), torch.ones_like(d[0])
         sums = torch.triu(kernel.movedim(2, 0), 1).sum((1, 2))
         return sums.log().mean(), -kernel / sums / d.shape[2], torch.ones_like(d[0])
-
-
-def _check_square(d: Tensor) -> None:
-    expect(d.shape[0] == d.shape[1], "others", "none for this rule, in which particles repel each other", d.shape[1])

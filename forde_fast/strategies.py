@@ -222,6 +222,10 @@ class _Graph:
                 with members.buffers_kept():
                     _, self.particles = space(forward, *whole.apart)
         self.losses = loss(outputs, y)
+        single = isinstance(self.losses, Tensor) and self.losses.ndim == (len(modules) > 1)
+        if not single:
+            got = list(self.losses.shape) if isinstance(self.losses, Tensor) else type(self.losses).__name__
+            validation.refuse("loss", "a callable (outputs, y) -> a tensor [], the batch's", got, TypeError)
         members.finish()
 
     def pull_back(self, cotangents: Tensor | None = None, keep: bool = False) -> tuple[Tensor, ...]:

@@ -111,12 +111,14 @@ class Trainer:
                  channels_last: bool | None = None, cuda_graph: bool | None = None, mesh: Alone = ALONE,
                  memory_budget: int | None = None):  # fmt: skip
         expect(isinstance(ensemble, Ensemble), "ensemble", "an Ensemble", type(ensemble).__name__, TypeError)
+        ensemble.check_built()
         for name, value in (
             ("repulsion_weight", repulsion_weight),
             ("momentum", momentum),
             ("weight_decay", weight_decay),
         ):
             validation.positive(value, name, allow_zero=True)
+        expect(momentum < 1, "momentum", "a number below 1", momentum)
         validation.positive(eps, "eps")
         validation.positive(lr, "lr")
         check_backend(backend)
@@ -158,7 +160,10 @@ class Trainer:
         if optimizer is not None:
             parameters = [p for p in ensemble.parameters() if p.requires_grad]
             self.optimizer = optimizer(parameters)
-            self._rates = [group["lr"] for group in self.optimizer.param_groups]
+            made = type(self.optimizer)
+            usable = issubclass(made, torch.optim.Optimizer) and not issubclass(made, torch.optim.LBFGS)
+            expected = "a callable that makes a torch.optim.Optimizer whose step needs no closure"
+            expect(usable, "optimizer", expected, made.__name__, TypeError)
         self.seed = seed
         self.steps = self.epochs = 0  # done
         self.rows = 0  # members x samples of the last step
@@ -171,7 +176,11 @@ class Trainer:
 
     def step(self, x: Tensor, y: Tensor, rate: float = 1.0) -> Log:
         """One update on the batch x [B, ...], y [B], with the learning rate times `rate`."""
+        validation.positive(rate, "rate", allow_zero=True)
+        if self.steps % RATIO_EVERY == 0:  # to look takes milliseconds for many members
+            self.ensemble.check_built()
         self._check(x, y, self.objective)
+        x, y = (t.clone() if t.is_inference() else t for t in (x, y))  # of which autograd keeps nothing
         if not self.ensemble.training:
             self.ensemble.train()
         if not self.strategy_report:
@@ -209,7 +218,7 @@ class Trainer:
         self._recorder = None
         if x.is_cuda if self._cuda_graph is None else self._cuda_graph:
             reason = graph.why_not(x.device, self._strategy, self.optimizer)
-            reason = reason if self.mesh is ALONE else "there are several processes"
+            reason = reason if type(self.mesh) is Alone else "there are several processes"
             self._recorder = None if reason else graph.Recorder(self._update)
             self._modules = list(self.ensemble.modules())  # to walk through them takes longer than to launch
             self.strategy_report += f"; no CUDA graph: {reason}" if reason else "; CUDA graph"
@@ -274,6 +283,7 @@ class Trainer:
         if not random:  # no state was loaded to go on from
             self.position = Position()
             self._log_sum.zero_()
+        self.ensemble.check_built()
         done = self.position.epoch
         expect(done <= epochs, "epochs", f"at least {done}, which are done", epochs)
         if self.position.loader_epoch is not None:
@@ -375,7 +385,11 @@ class Trainer:
         for row, member in zip(g, self.ensemble.members, strict=True):
             for p, view in split_row(row, member):
                 p.grad = view
-        for group, lr in zip(self.optimizer.param_groups, self._rates, strict=True):
+        groups = self.optimizer.param_groups
+        own = [group["lr"] for group in groups]  # which is the optimiser's, or that of a scheduler of its own
+        for group, lr in zip(groups, own, strict=True):
             group["lr"] = lr * rate
         self.optimizer.step()
+        for group, lr in zip(groups, own, strict=True):
+            group["lr"] = lr
         self.optimizer.zero_grad(set_to_none=True)

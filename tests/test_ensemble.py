@@ -196,11 +196,51 @@ def test_parameters_frozen_after_building_are_an_error_and_stay():
     ensemble = make()
     trainer, before = ff.Trainer(ensemble), ensemble.flat.clone()
     next(ensemble.member(1).parameters()).requires_grad_(False)
-    with pytest.raises(
-        ValueError, match=r"ensemble: expected .* \(freeze before building it\), got some that are frozen"
-    ):
+    with pytest.raises(ValueError, match=r"ensemble: expected .* \(freeze before .*, got some that are frozen"):
         trainer.step(torch.randn(4, 6), torch.randint(3, (4,)))
     assert torch.equal(ensemble.flat, before)
+
+
+def exchanged(member):
+    member[0] = nn.Linear(6, 5)
+
+
+CHANGES = {
+    "loaded by assignment": lambda member: member.load_state_dict(copy.deepcopy(member.state_dict()), assign=True),
+    "cast and back": lambda member: member.double().float(),
+    "other data": lambda member: setattr(member[0].weight, "data", member[0].weight.data.clone()),
+    "another layer": exchanged,
+    "a parametrization": lambda member: nn.utils.parametrizations.weight_norm(member[0]),
+    "unfrozen": lambda member: member[2].requires_grad_(True),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_parameters_that_left_the_buffer_are_an_error(change):
+    """They would not be trained, and nobody would see it."""
+
+    def partly_frozen():
+        network = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+        network[2].requires_grad_(False)
+        return network
+
+    x, y = torch.randn(4, 6), torch.randint(3, (4,))
+    ensemble = ff.Ensemble(partly_frozen, 2)
+    trainer = ff.Trainer(ensemble)
+    trainer.step(x, y)
+    change(ensemble.member(1))
+    message = r"^ensemble: expected the trainable parameters with which it was built .*, got .* in member 1"
+    with pytest.raises(ValueError, match=message):
+        trainer.fit([(x, y)], 1)
+    trainer.steps = 10  # a step looks at every tenth
+    with pytest.raises(ValueError, match=message):
+        trainer.step(x, y)
+    with pytest.raises(ValueError, match=message):
+        ff.Trainer(ensemble)
+    again = ff.Ensemble.from_modules([copy.deepcopy(member) for member in ensemble.members][1:])
+    before = again.flat.clone()
+    ff.Trainer(again, "de").step(x, y)
+    assert not torch.equal(again.flat, before)
 
 
 def test_frozen_parameters_may_be_shared():

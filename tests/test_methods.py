@@ -234,8 +234,9 @@ def test_backends_agree_on_rules_and_take_no_others(rule):
     for one in results:
         assert relative(one.gradient, results[0].gradient) < 1e-5
         assert torch.allclose(one.value, results[0].value)
-    with pytest.raises(ValueError, match=r"^others: expected none for this rule"):
-        ff.repulsion(particles, bandwidth=rule, others=particles[:2])
+    for others in (particles[:2], torch.randn_like(particles)):
+        with pytest.raises(ValueError, match=r"^others: expected none for this rule"):
+            ff.repulsion(particles, bandwidth=rule, others=others)
 
 
 def test_alike_members_are_finite_and_not_moved():

@@ -1,5 +1,7 @@
 """The operation inside autograd, torch.library and torch.compile; and what it says to bad input."""
 
+import copy
+
 import pytest
 import torch
 
@@ -74,6 +76,49 @@ def test_compiled_program_is_the_same():
     (found,) = torch.autograd.grad(compiled, particles)
     assert torch.equal(eager, compiled)
     assert torch.equal(wanted, found)
+
+
+SCALES = {
+    "identity": None,
+    "full": make_pca(300),
+    "low rank": make_pca(300, 20, 0.01),
+    "cosine": ff.Cosine.fit(torch.randn(9, 15, 20)),
+}
+
+
+@pytest.mark.parametrize("scale", SCALES.values(), ids=SCALES)
+def test_compiled_before_its_first_use(scale):
+    particles, compiled = torch.randn(4, 3, 300), torch.compile(ff.repulsion, backend="aot_eager", fullgraph=True)
+    found = compiled(particles, copy.deepcopy(scale))
+    wanted = ff.repulsion(particles, scale).gradient
+    assert (found.gradient - wanted).norm() < 1e-6 * wanted.norm()
+
+
+@pytest.mark.parametrize("scale", SCALES.values(), ids=SCALES)
+def test_the_callers_autocast_changes_nothing(scale, backend):
+    particles = torch.randn(4, 3, 300)
+    exact = ff.repulsion(particles, scale, backend=backend)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = ff.repulsion(particles, scale, backend=backend)
+        d, state = ff.distances(particles, scale, backend=backend)
+        mixed = ff.combine(state, torch.ones_like(d))
+    assert torch.equal(found.gradient, exact.gradient)
+    assert torch.equal(d, ff.distances(particles, scale, backend=backend)[0])
+    assert mixed.dtype == torch.float32
+
+
+def test_a_forward_derivative_is_refused():
+    particles = torch.randn(4, 3, 300)
+    with pytest.raises(RuntimeError, match=r"^particles: expected no forward-mode derivative"):
+        torch.func.jvp(lambda p: ff.repulsion(p).value, (particles,), (torch.ones_like(particles),))
+
+
+def test_what_is_made_in_inference_mode_serves_later_calls():
+    scale, particles = copy.deepcopy(SCALES["cosine"]), torch.randn(4, 3, 300)
+    with torch.inference_mode():
+        first = ff.repulsion(particles, scale).gradient
+    later = ff.repulsion(particles, scale, backend="reference").gradient
+    assert (later - first).norm() < 1e-5 * first.norm()
 
 
 GOOD = torch.randn(3, 4, 10)

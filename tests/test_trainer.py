@@ -158,6 +158,22 @@ def test_adam_is_adam_on_each_module():
     assert all(p.grad is None for p in ensemble.parameters())
 
 
+def test_torchs_schedulers_move_the_rate():
+    """And `fit`'s schedule is a factor on top, which they do not see."""
+    x, y = torch.randn(6, 3, 2, 2), torch.randint(4, (6,))
+    trainer = ff.Trainer(ff.Ensemble(net, 2), optimizer=lambda p: torch.optim.SGD(p, lr=1.0), weight_decay=0)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(trainer.optimizer, 0.5)
+    before = trainer.ensemble.flat.clone()
+    trainer.step(x, y, rate=0.0)
+    assert torch.equal(trainer.ensemble.flat, before)
+    scheduler.step()
+    assert [group["lr"] for group in trainer.optimizer.param_groups] == [0.5]
+    trainer.step(x, y, rate=0.1)
+    half = ff.Trainer(ff.Ensemble(net, 2), optimizer=lambda p: torch.optim.SGD(p, lr=0.05), weight_decay=0)
+    half.step(x, y)
+    assert torch.allclose(trainer.ensemble.flat, half.ensemble.flat, atol=1e-7)
+
+
 def test_sgd_as_optimizer_is_the_own_sgd():
     own, other = ff.Ensemble(net, 3), ff.Ensemble(net, 3)
     sgd = {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4}

@@ -1,5 +1,7 @@
 """What the trainer is given: bad batches and arguments are named before anything changes."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -102,10 +104,13 @@ BAD_ARGUMENTS = [
     ({"repulsion_weight": -1}, ValueError, r"^repulsion_weight: expected a finite number >= 0, got -1"),
     ({"repulsion_weight": float("inf")}, ValueError, r"^repulsion_weight: expected a finite number >= 0"),
     ({"weight_decay": -1e-4}, ValueError, r"^weight_decay: expected a finite number >= 0, got -0.0001"),
+    ({"momentum": 1.5}, ValueError, r"^momentum: expected a number below 1, got 1.5"),
     ({"momentum": -0.9}, ValueError, r"^momentum: expected a finite number >= 0, got -0.9"),
     ({"lengthscale": "pca"}, TypeError, r"^lengthscale: expected None or a lengthscale .*, got str"),
     ({"lengthscale": torch.eye(12)}, TypeError, r"^lengthscale: expected None or .*, got Tensor"),
     ({"optimizer": 5}, TypeError, r"^optimizer: expected a callable that takes parameters, got int"),
+    ({"optimizer": lambda p: None}, TypeError, r"^optimizer: expected a callable that makes a .*, got NoneType"),
+    ({"optimizer": torch.optim.LBFGS}, TypeError, r"^optimizer: .* needs no closure, got LBFGS"),
     ({"loss": "cross_entropy"}, TypeError, r"^loss: expected a callable"),
     ({"accelerate": "no"}, TypeError, r"^accelerate: expected True or False, got 'no'"),
     ({"nesterov": None}, TypeError, r"^nesterov: expected True or False, got None"),
@@ -132,6 +137,89 @@ def test_numpy_numbers_are_numbers():
 def test_epochs_must_be_a_whole_number(epochs):
     with pytest.raises(ValueError, match=r"^epochs: expected a whole number >= 1, got "):
         ff.Trainer(ff.Ensemble(net, 2)).fit([(X, Y)], epochs)
+
+
+@pytest.mark.parametrize(
+    ("batch", "got"),
+    [
+        ({"x": X, "y": Y}, "dict"),
+        ((X, Y, Y), r"\['Tensor', 'Tensor', 'Tensor'\]"),
+        ((X.numpy(), Y), r"\['ndarray', 'Tensor'\]"),
+        ((X, Y.tolist()), r"\['Tensor', 'list'\]"),
+        (X, "Tensor"),
+    ],
+)
+def test_batches_of_another_kind_are_named(batch, got):
+    message = rf"^loader: expected a batch \(x, y\) of two tensors in epoch 0, batch 1, got {got}$"
+    with pytest.raises(TypeError, match=message):
+        ff.Trainer(ff.Ensemble(net, 2)).fit([(X, Y), batch], 1)
+
+
+class Odd(nn.Module):
+    """A network that does `what` to its input, or with its output."""
+
+    def __init__(self, what):
+        super().__init__()
+        self.linear, self.what = nn.Linear(12, 4), what
+
+    def forward(self, x):
+        return self.what(self.linear, x.flatten(1))
+
+
+ODD = {
+    "in place": (lambda linear, x: linear(x.mul_(0.5)), ValueError, "networks that leave their input as it is"),
+    "dict": (lambda linear, x: {"logits": linear(x)}, TypeError, r"networks whose output is a tensor .*, got dict"),
+}
+
+
+@pytest.mark.parametrize(("what", "error", "message"), ODD.values(), ids=ODD)
+@pytest.mark.parametrize("method", ["de", "forde"])
+def test_networks_that_cannot_be_members_are_named(what, error, message, method):
+    ensemble, x = ff.Ensemble(lambda: Odd(what), 2), X.clone()
+    with pytest.raises(error, match=f"^modules: expected {message}"):
+        ff.Trainer(ensemble, method).step(x, Y)
+    with pytest.raises(error, match=f"^modules: expected {message}"):
+        ensemble.predict(x)
+
+
+LOSSES = {
+    "one for each sample": lambda outputs, y: F.cross_entropy(outputs, y, reduction="none"),
+    "no tensor": lambda outputs, y: F.cross_entropy(outputs, y).item(),
+}
+
+
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+@pytest.mark.parametrize("strategy", ["loop", "stacked"])
+def test_losses_of_another_kind_are_named(loss, strategy):
+    with pytest.raises(TypeError, match=r"^loss: expected a callable \(outputs, y\) -> a tensor \[\]") as raised:
+        ff.Trainer(ff.Ensemble(net, 2), "de", loss=loss).step(X, Y)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("method", ["de", "forde", "weight-rde", "function-rde"])
+def test_batches_made_in_inference_mode(method):
+    """As features of a frozen backbone are."""
+    with torch.inference_mode():
+        x, y = X.clone(), Y.clone()
+    own, other = (ff.Trainer(ff.Ensemble(net, 2), method) for _ in range(2))
+    own.step(x, y), other.step(X, Y)
+    assert torch.equal(own.ensemble.flat, other.ensemble.flat)
+
+
+def test_a_batch_that_a_layer_refuses_says_where():
+    def normalised():
+        return nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.BatchNorm1d(8), nn.Linear(8, 4))
+
+    trainer = ff.Trainer(ff.Ensemble(normalised, 2))
+    trainer.step(X, Y)
+    with pytest.raises(ValueError, match=r"^step 1: Expected more than 1 value per channel when training"):
+        trainer.step(X[:1], Y[:1])
+
+
+def test_a_rate_that_is_none():
+    trainer = ff.Trainer(ff.Ensemble(net, 2))
+    with pytest.raises(ValueError, match=r"^rate: expected a finite number >= 0, got nan"):
+        trainer.fit([(X, Y)], 1, schedule=lambda progress: math.nan)
 
 
 def test_empty_loader():

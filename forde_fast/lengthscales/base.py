@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -70,7 +71,7 @@ class Identity(Lengthscale):
 
 def check_blend(alpha: float, form: str) -> None:
     validation.one_of(form, "form", ("arithmetic", "harmonic"))
-    good = isinstance(alpha, (int, float)) and 0 <= alpha <= 1
+    good = isinstance(alpha, numbers.Real) and 0 <= alpha <= 1
     expect(good, "alpha", "a number from 0 to 1", alpha)
 
 

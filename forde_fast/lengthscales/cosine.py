@@ -93,8 +93,9 @@ class Cosine(Lengthscale):
         """One matrix per axis and the weights, made once in float64 for each dtype and device."""
         key = dtype, device
         if key not in self._cache:
-            matrices = [_dct(n, device).to(dtype) for n in self.shape]
-            self._cache[key] = matrices, self.weights.to(device, dtype)
+            with torch.inference_mode(False):  # they are for later calls too
+                matrices = [_dct(n, device).to(dtype) for n in self.shape]
+                self._cache[key] = matrices, self.weights.to(device, dtype)
         return self._cache[key]
 
     def _tensors(self):

@@ -45,6 +45,7 @@ class PCA(Lengthscale):
         expect(eigenvectors.device == eigenvalues.device, "eigenvalues", "the eigenvectors' device", devices)
         self.eigenvectors = eigenvectors.detach().to(torch.float64, copy=True)
         self.eigenvalues = eigenvalues.detach().to(torch.float64, copy=True)
+        self._thin = 2 * rank <= size and bool((self.eigenvalues >= self.tail).all())
         self._cache: dict = {}
 
     @property
@@ -130,9 +131,8 @@ class PCA(Lengthscale):
         key = "factors", dtype, device
         if key not in self._cache:
             excess = self.eigenvalues - self.tail
-            thin = 2 * self.rank <= self.dimension and bool((excess >= 0).all())
             basis = self.eigenvectors * excess.clamp_min(0).sqrt()
-            self._cache[key] = (basis.to(device, dtype).contiguous(), self.tail) if thin else None
+            self._cache[key] = (basis.to(device, dtype).contiguous(), self.tail) if self._thin else None
         return self._cache[key]
 
     def in_half(self, device: torch.device) -> tuple[Tensor, float] | None:
