@@ -122,5 +122,6 @@ def labels_in_range(labels: Tensor, classes: int, name: str = "labels") -> None:
     integer = not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
     expect(integer, name, "an integer tensor", labels.dtype, TypeError)
     expect(labels.ndim == 1, name, "1 dimension [B]", f"shape {list(labels.shape)}")
-    low, high = (int(v) for v in torch.aminmax(labels)) if labels.numel() else (0, 0)
+    # as int64: torch finds no extremes of wider unsigned ones, and those that become negative are too large anyway
+    low, high = (int(v) for v in torch.aminmax(labels.long())) if labels.numel() else (0, 0)
     expect(low >= 0 and high < classes, name, f"values from 0 to {classes - 1}", f"values from {low} to {high}")

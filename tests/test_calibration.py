@@ -38,6 +38,12 @@ def test_certain_predictions():
     assert torch.isfinite(temper(sure, 0.01)).all()
 
 
+@pytest.mark.parametrize("temperature", [0, -1, float("nan"), float("inf"), None])
+def test_bad_temperature(temperature):
+    with pytest.raises(ValueError, match=f"^temperature: expected a finite number > 0, got {temperature}"):
+        temper(torch.eye(2), temperature)
+
+
 def test_calibrated_nll_is_of_samples_that_were_not_fitted():
     probs, labels = sample(sharpness=3.0)
     got = calibrated_nll(probs, labels)

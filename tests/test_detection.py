@@ -46,6 +46,9 @@ def test_selective_risk(levels):
     assert got["coverage"][[0, -1]].tolist() == pytest.approx([1 / 60, 1])
     assert got["risk"][-1] == pytest.approx(1 - correct.mean())
     assert got["aurc"] == pytest.approx(got["risk"].mean())
+    with torch.device("meta"):  # a default device is nothing to what was given
+        again = selective_risk(doubt, correct)
+    assert all(np.array_equal(again[name], got[name]) for name in got)
 
 
 @pytest.mark.parametrize(

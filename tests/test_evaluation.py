@@ -89,6 +89,53 @@ def test_input_kinds_agree():
     assert score(probs.float(), labels) == pytest.approx(expected, abs=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.uint32, torch.uint64])
+def test_labels_may_be_of_any_integer_dtype(dtype):
+    probs, labels = probabilities(40, 3), labels_of(40, 3)
+    assert score(probs, labels.to(dtype)) == score(probs, labels)
+    assert score(probs, labels.to(dtype).numpy()) == score(probs, labels)
+    with pytest.raises(ValueError, match=r"^labels: expected values from 0 to 2, got values from 1 to 3"):
+        score(probs, (labels + 1).to(dtype))
+
+
+def test_labels_that_no_int64_holds_are_refused():
+    for label in (2**63, 2**64 - 1):
+        with pytest.raises(ValueError, match=r"^labels: expected values from 0 to 1, got"):
+            score(torch.eye(2), np.array([0, label], np.uint64))
+
+
+def test_arrays_of_other_bytes():
+    probs, labels = probabilities(40, 3), labels_of(40, 3)
+    assert score(probs.numpy().astype(">f8"), labels.numpy().astype(">i4")) == score(probs, labels)
+    assert score(probs.float().numpy().astype(">f4"), labels) == score(probs.float(), labels)
+
+
+@pytest.mark.parametrize("dtype", ["O", "S3"])
+def test_arrays_that_torch_does_not_have(dtype):
+    probs, labels = probabilities(4, 3).numpy(), labels_of(4, 3).numpy()
+    with pytest.raises(TypeError, match=r"^probs: expected a dtype that torch has, got "):
+        score(probs.astype(dtype), labels)
+    with pytest.raises(TypeError, match=r"^labels: expected a dtype that torch has, got "):
+        score(probs, labels.astype(dtype))
+
+
+def test_scores_under_a_default_device():
+    members, labels = probabilities(3, 20, 2), labels_of(20, 2)
+    images = torch.zeros(20, 4, 4, dtype=torch.uint8)
+
+    def scores():
+        return [
+            score(members[0], labels),
+            score_members(members, labels),
+            evaluation.Scorer().add(members, labels).result(),
+            evaluate_corruptions(lambda images: members, images, labels, ["contrast"], (1,)),
+        ]
+
+    expected = scores()
+    with torch.device("meta"):
+        assert scores() == expected
+
+
 def test_members():
     members, labels = probabilities(3, 50, 4, dtype=torch.float32), labels_of(50, 4)
     got = score_members(members, labels)
@@ -225,6 +272,9 @@ def test_averages_are_over_the_standard_the_extra_and_all():
     assert evaluation.averages({"fog": numbers["fog"]}).keys() == {"standard", "all"}
     with pytest.raises(ValueError, match="names: expected corruptions that were scored at these severities"):
         evaluation.mean_scores(numbers, ["fog"], severities=(2,))
+    scored = re.escape("names: expected corruptions that were scored (fog, snow, spatter), got 'frost'")
+    with pytest.raises(ValueError, match=scored):
+        evaluation.mean_scores(numbers, (name for name in ("fog", "frost")))
 
 
 def test_preset_and_seed_reach_the_corruption(monkeypatch):

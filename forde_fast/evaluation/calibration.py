@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from forde_fast.evaluation.checks import Array, as_labels, as_probs
-from forde_fast.validation import whole
+from forde_fast.validation import positive, whole
 
 LOWEST, HIGHEST = 1e-2, 1e2  # between which the temperature is sought
 
@@ -21,6 +21,7 @@ def fit_temperature(probs: Array, labels: Array) -> float:
 
 def temper(probs: Array, temperature: float) -> Tensor:
     """softmax(log p / T), float64 [B, K]: above 1 it takes confidence away, below 1 it adds some."""
+    positive(temperature, "temperature")
     return (_logs(as_probs(probs, "probs", "B, K")) / temperature).softmax(1)
 
 

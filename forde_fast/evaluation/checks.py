@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from forde_fast.validation import expect, finite, labels_in_range
+from forde_fast.validation import expect, finite, labels_in_range, refuse
 
 _SUM_TOLERANCE = 1e-3  # on the sum of a row: float32 passes easily, bfloat16 and logits do not
 
@@ -13,9 +13,7 @@ Array = Tensor | np.ndarray
 
 def as_probs(probs: Array, name: str, shape: str) -> Tensor:
     """`probs` on the CPU, checked: as many dimensions as `shape` has names, the last one a distribution."""
-    known = isinstance(probs, Tensor | np.ndarray)
-    expect(known, name, "a tensor or array", type(probs).__name__, error=TypeError)
-    tensor = _to_cpu(probs)
+    tensor = _to_cpu(probs, name)
     expect(tensor.is_floating_point(), name, "a floating dtype", probs.dtype, error=TypeError)
     rank = shape.count(",") + 1
     expect(tensor.ndim == rank, name, f"{rank} dimensions [{shape}]", f"shape {list(tensor.shape)}")
@@ -32,24 +30,27 @@ def as_probs(probs: Array, name: str, shape: str) -> Tensor:
 
 def as_labels(labels: Array, samples: int, classes: int) -> Tensor:
     """`labels` on the CPU as int64 [samples], checked: integers in [0, classes)."""
-    known = isinstance(labels, Tensor | np.ndarray)
-    expect(known, "labels", "a tensor or array", type(labels).__name__, error=TypeError)
-    tensor = _to_cpu(labels)
+    tensor = _to_cpu(labels, "labels")
     labels_in_range(tensor, classes)
     expect(len(tensor) == samples, "labels", f"B = {samples} as the probabilities", f"B = {len(tensor)}")
     return tensor.long()
 
 
-def _to_cpu(array: Array) -> Tensor:
-    # a copy in C order: torch takes neither negative strides nor, silently, a read-only array
-    return array.detach().cpu() if isinstance(array, Tensor) else torch.from_numpy(np.array(array, order="C"))
+def _to_cpu(array: Array, name: str) -> Tensor:
+    if isinstance(array, Tensor):
+        return array.detach().cpu()
+    expect(isinstance(array, np.ndarray), name, "a tensor or array", type(array).__name__, error=TypeError)
+    # a copy in C order and native bytes: torch takes neither negative strides nor, silently, a read-only array
+    own = np.array(array, dtype=array.dtype.newbyteorder("="), order="C")
+    try:
+        return torch.from_numpy(own)
+    except TypeError:
+        refuse(name, "a dtype that torch has", array.dtype, TypeError)
 
 
 def as_numbers(values: Array, name: str, shape: str) -> Tensor:
     """`values` on the CPU in float64, checked: finite numbers with as many dimensions as `shape` has names."""
-    known = isinstance(values, Tensor | np.ndarray)
-    expect(known, name, "a tensor or array", type(values).__name__, error=TypeError)
-    tensor = _to_cpu(values)
+    tensor = _to_cpu(values, name)
     expect(not tensor.is_complex(), name, "real numbers", tensor.dtype, error=TypeError)
     rank = shape.count(",") + 1
     expect(tensor.ndim == rank, name, f"{rank} dimensions [{shape}]", f"shape {list(tensor.shape)}")

@@ -51,7 +51,10 @@ def score_corrupted(member_probs_of: Callable[[Array], Array], corrupted: Iterab
 
 def mean_scores(by_corruption: dict, names: Iterable[str], severities: Iterable[int] = (1, 2, 3, 4, 5)) -> dict:
     """The mean of each number over the corruptions `names` at those of the `severities` that were scored."""
-    wanted = set(severities)
+    names, wanted = list(names), set(severities)
+    for name in names:
+        scored = ", ".join(map(str, by_corruption)) or "none"
+        expect(name in by_corruption, "names", f"corruptions that were scored ({scored})", repr(name))
     everything = [s for name in names for severity, s in by_corruption[name].items() if severity in wanted]
     expect(bool(everything), "names", "corruptions that were scored at these severities", "none")
     return {key: sum(scores[key] for scores in everything) / len(everything) for key in everything[0]}

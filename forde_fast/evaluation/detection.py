@@ -51,7 +51,7 @@ def selective_risk(uncertainty: Array, correct: Array) -> dict[str, Tensor | flo
     expect(len(right) == len(doubt), "correct", f"one per sample, {len(doubt)}", len(right))
     expect(bool(((right == 0) | (right == 1)).all()), "correct", "0 and 1, or booleans", "other numbers")
     _, group, sizes = doubt.unique(return_inverse=True, return_counts=True)
-    errors = torch.zeros(len(sizes), dtype=torch.float64).index_add(0, group, 1 - right) / sizes
-    kept = torch.arange(1, len(doubt) + 1, dtype=torch.float64)
+    errors = doubt.new_zeros(len(sizes)).index_add(0, group, 1 - right) / sizes
+    kept = torch.arange(1, len(doubt) + 1, dtype=torch.float64, device=doubt.device)
     risk = errors.repeat_interleave(sizes).cumsum(0) / kept
     return {"coverage": kept / len(doubt), "risk": risk, "aurc": risk.mean().item()}

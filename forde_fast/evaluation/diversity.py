@@ -7,7 +7,7 @@ from torch import Tensor
 
 from forde_fast.evaluation.checks import Array, as_numbers, as_probs
 from forde_fast.modes import evaluation_mode
-from forde_fast.validation import expect
+from forde_fast.validation import expect, labels_in_range, whole
 
 
 def disagreement(member_probs: Array) -> float:
@@ -30,16 +30,38 @@ def input_gradients(ensemble, x: Tensor, y: Tensor, score: str = "logit", batch_
     """J [M, B, D], each member's gradient of its score with respect to its input, in evaluation mode.
 
     x [B, ...], y [B] on the ensemble's device; score "logit" (of the true class) or "log_probability" or a
-    callable, as `spaces.InputGradients` has it. The result lies on the same device.
+    callable, as `spaces.InputGradients` has it. The result lies on the same device. Raises TypeError or ValueError
+    for what is no such batch; for a callable, y may be anything of which each sample has one.
     """
     from forde_fast.spaces import InputGradients
 
-    expect(len(x) == len(y) > 0, "y", f"one label per sample, {len(x)}", len(y))
     space, parts = InputGradients(score), []
-    with evaluation_mode(ensemble), torch.enable_grad():
+    _check_batch(ensemble, x, y)
+    whole(batch_size, "batch_size")
+    with evaluation_mode(ensemble), torch.inference_mode(False), torch.enable_grad():
+        # what was made under torch.inference_mode may be in no graph
+        x, y = (given.clone() if given.is_inference() else given for given in (x, y))
+        if not callable(score):
+            labels_in_range(y, ensemble(x[:1]).shape[-1], "y")
+            y = y.long()
         for own_x, own_y in zip(x.split(batch_size), y.split(batch_size), strict=True):
             parts.append(torch.stack([space(member, own_x, own_y)[1].detach() for member in ensemble.members]))
     return torch.cat(parts, dim=1)
+
+
+def _check_batch(ensemble, x: Tensor, y: Tensor) -> None:
+    from forde_fast.ensemble import Ensemble
+
+    expect(isinstance(ensemble, Ensemble), "ensemble", "an Ensemble", type(ensemble).__name__, TypeError)
+    flat = ensemble.flat
+    expect(isinstance(x, Tensor), "x", "a torch.Tensor", type(x).__name__, TypeError)
+    expect(x.dtype == flat.dtype, "x", f"dtype {flat.dtype}, as the members", x.dtype, TypeError)
+    expect(x.device == flat.device, "x", f"device {flat.device}, as the members", x.device)
+    batch = x.ndim > 1 and x.numel() > 0
+    expect(batch, "x", "at least 2 dimensions [B, ...], none of size 0", f"shape {list(x.shape)}")
+    expect(isinstance(y, Tensor), "y", "a torch.Tensor", type(y).__name__, TypeError)
+    expect(y.shape[:1] == x.shape[:1], "y", f"one label per sample, {len(x)}", f"shape {list(y.shape)}")
+    expect(y.device == x.device, "y", f"device {x.device}, as x", y.device)
 
 
 def gradient_cosine(gradients: Array) -> float:
@@ -52,6 +74,8 @@ def gradient_cosine(gradients: Array) -> float:
     members, samples, _ = j.shape
     if members == 1:
         return 1.0
+    largest = j.abs().amax(2, keepdim=True)
+    j = j / largest.where(largest > 0, 1)  # whose squares neither vanish nor overflow
     s = torch.nn.functional.normalize(j, dim=2)
     together = s.sum(0).square().sum() - s.square().sum()  # of all ordered pairs, without building them
     return (together / (members * (members - 1) * samples)).item()
@@ -64,9 +88,13 @@ def kernel_similarity(gradients: Array, lengthscale=None, bandwidth="median") ->
     adapts to the members: to compare ensembles give them all the same number. A single member gives 1.
     """
     from forde_fast.repulsion import distances
-    from forde_fast.rule import bandwidth_of
+    from forde_fast.rule import Rule, bandwidth_of, check_bandwidth
 
     j = as_numbers(gradients, "gradients", "M, B, D")
+    bandwidth = bandwidth.cpu() if isinstance(bandwidth, Tensor) else bandwidth  # to where j is
+    check_bandwidth(bandwidth, j)
+    has_one = not isinstance(bandwidth, Rule)
+    expect(has_one, "bandwidth", "'median', a Median, a number or a tensor", type(bandwidth).__name__, TypeError)
     members = len(j)
     if members == 1:
         return 1.0

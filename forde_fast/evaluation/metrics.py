@@ -82,7 +82,7 @@ class _Sums:
     def __init__(self):
         self.count = 0
         self.right = self.nll = self.brier = 0.0
-        self.bins = torch.zeros(BINS, dtype=torch.float64)
+        self.bins = torch.zeros(BINS, dtype=torch.float64, device="cpu")
 
     def add(self, probs: Tensor, labels: Tensor, dtype: torch.dtype) -> _Sums:
         """probs float64 [B, K], labels int64 [B], dtype the one that the probs came in."""
@@ -94,7 +94,7 @@ class _Sums:
         self.right += correct.sum().item()
         self.nll -= true.clamp(min=torch.finfo(dtype).tiny).log().sum().item()
         self.brier += error.square().sum().item()
-        inner_edges = (torch.arange(1, BINS).double() / BINS).to(dtype).double()
+        inner_edges = (torch.arange(1, BINS, device="cpu").double() / BINS).to(dtype).double()
         bins = torch.bucketize(confidence, inner_edges)  # bin b holds edge b-1 < confidence <= edge b
         # share · (accuracy − confidence) of a bin is the sum of its differences over B
         self.bins.index_add_(0, bins, correct - confidence)
