@@ -3,30 +3,27 @@
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import json
 import os
 import shlex
 import signal
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
+from forde_fast import printing
 from forde_fast.experiments import commands
 from forde_fast.parsing import Parser, rank
 
-METRICS = {"accuracy": "A", "nll": "NLL", "ece": "ECE"}  # in tables as the paper has them: A, cA, cNLL, ...
-PREFIX = {"clean": "", "validation": "v", "corrupted": "c", "corrupted_all": "a", "corrupted_grey": "g"}
-LEGEND = {
-    "clean": "no prefix: clean test images",
-    "validation": "v: validation images",
-    "corrupted": "c: mean over the 15 standard corruptions at the 5 severities of CIFAR-10-C",
-    "corrupted_all": "a: the same over all 19, as the paper averages",
-    "corrupted_grey": "g: mean over the 4 that have harder severities for grey images, at these",
-}
 COMPARED = "de,forde-identity,forde-pca,forde-tuned"
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = Parser(prog="forde-fast", description="First-order repulsive deep ensembles.")
+    parser.add_argument(
+        "--version", action="version", version=f"forde-fast {importlib.metadata.version('forde-fast')}"
+    )
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
     for name, add in COMMANDS.items():
         command = commands.add_parser(name, help=add.__doc__, description=add.__doc__)
@@ -45,7 +42,7 @@ def _train(command):
     def call(options) -> int:
         run = options.parser.checked(lambda: _prepared(options, _new_run(options, _settings(options))))
         metrics = _train_run(options, run, f"forde-fast train --resume --out {shlex.quote(str(run.folder))}")
-        return _show(options, {run.config.method: metrics}, run.folder)
+        return _show(options, {run.config.method: metrics}, f"Run and figures: {run.folder}")
 
     return call
 
@@ -63,6 +60,7 @@ def _compare(command):
         def prepare():
             settings = _settings(options)
             folder = Path(settings.get("out", FIELDS["out"].default))
+            _expect_run(options, settings, folder.glob("*/config.toml"), folder)
             names = options.methods.split(",")
             expect(len(set(names)) == len(names), "methods", "each method once", options.methods)
             runs = [_new_run(options, {**settings, "method": name, "out": str(folder / name)}) for name in names]
@@ -72,9 +70,9 @@ def _compare(command):
         results = {run.config.method: _train_run(options, run, "the same command with --resume") for run in runs}
         if not rank():
             plots.training({run.config.method: run.log() for run in runs}, folder / "training.png")
-        _show(options, results, folder)
+        _show(options, results, f"Runs and figures: {folder}")
         if "de" in results and len(results) > 1 and not options.json and not rank():
-            _against(results)
+            printing.against(results)
         return 0
 
     return call
@@ -101,7 +99,7 @@ def _evaluate(command):
             metrics = run.evaluate()
         except (OSError, ValueError) as error:  # a file that is read only when its turn comes
             options.parser.stop(str(error))
-        return _show(options, {run.config.method: metrics}, run.folder)
+        return _show(options, {run.config.method: metrics}, f"{run.folder} is as it was: --json prints all scores")
 
     return call
 
@@ -169,14 +167,15 @@ def _verify(command):
 
     def call(options) -> int:
         from forde_fast.verify import HEAD, cells, verify
+        from forde_fast.watching import watched
 
-        rows = verify()
+        rows = verify(functools.partial(watched, title="verify"))
         if options.json:
             print(json.dumps(rows, indent=1))
             return 0 if all(row["within"] for row in rows) else 1
         for backend in dict.fromkeys(row["backend"] for row in rows if row["usable"]):
             title = f"{backend}: largest relative error of the gradient by the members' distance, and of the value"
-            _table(title, HEAD, [cells(row) for row in rows if row["backend"] == backend])
+            printing.table(title, HEAD, [cells(row) for row in rows if row["backend"] == backend])
         print("sets: two clusters   pair: two members 0.01 and 0.0001 apart   twins: two or all members the same")
         print("limit: the share used of 2 x plain PyTorch's error in the same precision + 8 eps (4 x in float64)")
         for row in rows:
@@ -281,13 +280,25 @@ def _settings(options) -> dict:
     return {**settings, **{name: value for name, value in flags.items() if value is not None}}
 
 
+def _expect_run(options, settings: dict, configs: Iterable[Path], folder: Path) -> None:
+    """--resume with a folder alone goes on with what is there: in another folder it would train the default data."""
+    from forde_fast.config import MOVABLE
+    from forde_fast.validation import expect
+
+    goes_on = options.resume and not settings.keys() - {*MOVABLE}
+    there = not goes_on or any(path.is_file() for path in configs)
+    expect(there, "out", "the folder of a run that was begun", folder, FileNotFoundError)
+
+
 def _new_run(options, settings: dict):
     from forde_fast.config import FIELDS, TrainConfig, resumed
     from forde_fast.run import Run
 
+    folder = Path(settings.get("out", FIELDS["out"].default))
+    _expect_run(options, settings, [folder / "config.toml"], folder)
     options.resume |= int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0  # torchrun --max-restarts
     if options.resume:
-        settings = resumed(settings, Path(settings.get("out", FIELDS["out"].default)))
+        settings = resumed(settings, folder)
     return Run(TrainConfig(**settings))
 
 
@@ -312,6 +323,7 @@ def _train_run(options, run, again: str) -> dict:
         say(f"{run.folder}: going on after step {run.state['steps']}")
     elif options.resume:
         say(f"{run.folder}: nothing was kept yet, starting at the beginning")
+    say(printing.loaded(run))
     if run.config.method != "de":
         weight, strength = run.config.repulsion_weight, run.strength
         say(f"{run.config.method}: w = {weight:g}, w N/B = {strength:.0f} (published on CIFAR: 1, 391)")
@@ -334,54 +346,15 @@ def _train_run(options, run, again: str) -> dict:
         options.parser.exit(1, f"{options.parser.prog}: another process ended; go on with: {again}\n")
 
 
-def _show(options, results: dict[str, dict], folder) -> int:
+def _show(options, results: dict[str, dict], end: str) -> int:
     if rank():
         return 0
     if options.json:
         print(json.dumps(results, indent=1))
-        return 0
-    shown = [group for group in PREFIX if all(group in metrics for metrics in results.values())]
-    head = ("method", *(PREFIX[group] + short for group in shown for short in METRICS.values()))
-    rows = []
-    for name, metrics in results.items():
-        scores = [(metric, metrics[group][metric]) for group in shown for metric in METRICS]
-        rows.append((name, *(f"{100 * s:.1f}" if metric == "accuracy" else f"{s:.3f}" for metric, s in scores)))
-    _table("Accuracy in %, negative log-likelihood, calibration error of the ensemble's mean", head, rows)
-    for group in shown:
-        print(LEGEND[group])
-    for name, metrics in results.items():
-        for unknown, found in metrics.get("ood", {}).items():
-            total, epistemic = (
-                "AUROC {auroc:.3f}, FPR95 {fpr95:.3f}".format(**found[k]) for k in ("total", "epistemic")
-            )
-            print(f"{name} against {unknown}: {total} by total, {epistemic} by epistemic uncertainty")
-    print(f"Runs and figures: {folder}")
+    else:
+        printing.scores(results)
+        print(end)
     return 0
-
-
-def _against(results: dict[str, dict]) -> None:
-    """What the table shows, in words: the other methods beside the deep ensemble."""
-    group = "corrupted" if "corrupted" in results["de"] else "clean"
-    for name, short in (("nll", "NLL"), ("ece", "ECE"), ("accuracy", "A")):
-        base, size = results["de"][group][name], 100 if name == "accuracy" else 1
-        others = [f"{n} {size * (m[group][name] - base):+.2f}" for n, m in results.items() if n != "de"]
-        print(
-            f"{PREFIX[group]}{short} beside de ({'higher' if size > 1 else 'lower'} is better): {', '.join(others)}"
-        )
-    print("All from one seed: forde-fast reproduce trains over several and gives intervals.")
-
-
-def _table(title: str, head, rows) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    for index, name in enumerate(head):
-        table.add_column(name, justify="left" if index == 0 else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
-    Console(soft_wrap=True, width=100).print(table)  # no cell is cut on a terminal of 80 columns
 
 
 if __name__ == "__main__":

@@ -107,6 +107,9 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None:
                 validation.whole(value, name)
+        for name, value in vars(self).items():  # a path of another encoding would not come back from config.toml
+            whole = not isinstance(value, str) or value == value.encode("utf-8", "replace").decode()
+            expect(whole, name, "text in UTF-8", ascii(value)[:80])
         validation.whole(self.seed, "seed", least=0)
         validation.positive(self.lr, "lr")
         validation.positive(self.weight_decay, "weight_decay", allow_zero=True)
@@ -169,4 +172,5 @@ def resumed(settings: dict, folder: Path) -> dict:
 def to_toml(config: TrainConfig) -> str:
     """The configuration as TOML; what is None is left out. A JSON string, number or boolean is TOML too."""
     settings = dataclasses.asdict(config)
-    return "".join(f"{name} = {json.dumps(value)}\n" for name, value in settings.items() if value is not None)
+    texts = {name: json.dumps(value, ensure_ascii=False) for name, value in settings.items() if value is not None}
+    return "".join(f"{name} = {text}\n" for name, text in texts.items()).replace("\x7f", "\\u007f")

@@ -10,6 +10,7 @@ import copy
 import functools
 import json
 import os
+import shlex
 import shutil
 import time
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from forde_fast import config as configuration
-from forde_fast import distributed, guards, models, plots, threads
+from forde_fast import distributed, guards, models, plots, printing, threads
 from forde_fast.checkpoint import Checkpoints, load_ensemble, save_ensemble
 from forde_fast.config import TrainConfig
 from forde_fast.data import (
@@ -339,7 +340,16 @@ def open_run(folder: str | Path, data: Images | None = None, **others: str | Non
     """
     folder = Path(folder)
     held = (folder / "config.toml").is_file()
-    expect(held, "run", "the folder of a run, with its config.toml", folder, FileNotFoundError)
+    got = f"{folder}{'' if held else printing.runs_in(folder)}"
+    expect(held, "run", "the folder of a run, with its config.toml", got, FileNotFoundError)
+    got = f"{folder} (go on with: forde-fast train --resume --out {shlex.quote(str(folder))})"
+    expect(
+        (folder / "checkpoint.safetensors").is_file(),
+        "run",
+        "a checkpoint file, of a finished run",
+        got,
+        FileNotFoundError,
+    )
     settings = configuration.read(folder / "config.toml")
     settings |= {"backend": "auto", "tensorboard": False, "out": str(folder)}
     if not _is_here(settings.get("device", "auto")):

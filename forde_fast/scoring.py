@@ -43,7 +43,7 @@ def score_run(run, corruptions: Sequence[str] = CORRUPTIONS) -> dict:
       those (identity lengthscale, bandwidth 1), on the first 1,000 test images.
     - "corrupted": means over the benchmark's 15 corruptions, with "by_corruption"; "corrupted_all" and
       "corrupted_extra": over all 19, as the paper averages, and over the other 4. From `corrupted_dir`, else made
-      here. "corrupted_grey": those that have harder severities for grey images, at these.
+      here; of files, "images" of each. "corrupted_grey": those that have harder severities for grey images, at these.
     - "ood": for each set of unknown images AUROC and FPR95 by total and by epistemic uncertainty.
     """
     probs = run.predict(run.test_images)
@@ -96,6 +96,8 @@ def _corrupted(run, names: Sequence[str]) -> dict[str, dict]:
         found = score_corrupted(run.predict, _made(run, names, "cifar"))
     means = averages(found["by_corruption"])
     groups = {"corrupted": {**found, **means.get("standard", means["all"])}, "corrupted_all": means["all"]}
+    if run.corrupted_files is not None:
+        groups["corrupted"]["images"] = run.corrupted_files.images
     if "extra" in means:
         groups["corrupted_extra"] = means["extra"]
     harder = [name for name in HARDER if name in names]

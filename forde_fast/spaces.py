@@ -164,7 +164,8 @@ class Features:
     def check(self, ensemble) -> None:
         for number, member in enumerate(ensemble.members):
             names = [name for name, _ in member.named_modules()]
-            expect(self.layer in names, "layer", f"a layer of modules[{number}], with the last one", self.layer)
+            got = f"{self.layer} (spaces.Features(layer=...) takes another)"
+            expect(self.layer in names, "layer", f"a layer of modules[{number}], with the last one", got)
 
 
 def input_of(module: torch.nn.Module, layer: str, call: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:

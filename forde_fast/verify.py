@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
+
 import torch
 
 from forde_fast.repulsion import FUSED_MEMBERS, available_backends
@@ -22,18 +25,21 @@ SPREADS = {
 }
 
 
-def verify() -> list[dict]:
+def verify(watch: Callable = lambda items, total: items) -> list[dict]:
     """One row per backend, precision and lengthscale: errors by case, the largest of all, whether all were within
-    their budget (see `testing`). Backends that cannot run here have one row that says why."""
+    their budget (see `testing`). Backends that cannot run here have one row that says why.
+
+    watch  (items, total) -> the items, and shows how far it is
+    """
     rows = [
         {"backend": name, "usable": False, "reason": backend.reason, "within": True}
         for name, backend in available_backends().items()
         if not backend
     ]
     usable = [name for name, backend in available_backends().items() if backend and name != "reference"]
-    for dtype in DTYPES:
-        for kind in LENGTHSCALES:
-            rows += _rows(usable, dtype, kind)
+    parts = list(itertools.product(DTYPES, LENGTHSCALES))
+    for dtype, kind in watch(parts, total=len(parts)):
+        rows += _rows(usable, dtype, kind)
     return sorted(rows, key=lambda row: row["backend"])
 
 

@@ -136,15 +136,18 @@ class Progress(Bar):
     def __init__(self, trainer: Trainer, steps: int, title: str = "training"):
         super().__init__(title, steps, trainer.steps)
         self.trainer = trainer
-        self._first, self._begun, self._shown = trainer.steps, time.monotonic(), 0.0
+        self._last, self._first, self._begun, self._shown = steps, 0, 0.0, 0.0
 
     def __call__(self, epoch: int, log: Log) -> None:
-        text = None
-        if time.monotonic() - self._shown > SHOW_EVERY:
-            self._shown = time.monotonic()
-            speed = (self.trainer.steps - self._first) * self.trainer.rows / (self._shown - self._begun)
-            loss = float(log.cross_entropy) / self.trainer.members
-            text = f"{speed:,.0f} members x images/s, loss {loss:.3f}"
+        text, steps, now = None, self.trainer.steps, time.monotonic()
+        if now - self._shown > SHOW_EVERY or steps >= self._last:
+            text = f"loss {float(log.cross_entropy) / self.trainer.members:.3f}"  # waits for the device
+            self._shown = now = time.monotonic()
+            if self._first:
+                speed = (steps - self._first) * self.trainer.rows / (now - self._begun)
+                text = f"{speed:,.0f} members x images/s, {text}"
+        if not self._first:  # from the end of the first step on, which chooses and compiles
+            self._first, self._begun = steps, now
         self.advance(text)
 
 

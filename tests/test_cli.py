@@ -1,6 +1,7 @@
 """The command line as a user meets it: runs, their folders, and one line for what is wrong."""
 
 import json
+import os
 import tomllib
 
 import numpy as np
@@ -99,6 +100,46 @@ def test_a_file_that_fails_in_its_turn_is_one_line(tmp_path, capsys):
     assert capsys.readouterr().err.count("\n") == 1
 
 
+def test_what_columns_are_of_files_is_said(tmp_path, capsys):
+    run("train", *TINY, "--out", tmp_path / "one")
+    run("corrupt", "--data", "digits", "--test-size", "6", "--names", "fog,gaussian_blur", "--out", tmp_path / "C")
+    capsys.readouterr()
+    run("evaluate", tmp_path / "one", "--corrupted-dir", tmp_path / "C")
+    printed = capsys.readouterr().out
+    assert "c: mean over fog alone; 6 images each\n" in printed
+    assert "a: mean over fog, gaussian_blur alone; 6 images each\n" in printed
+
+
+def test_resume_of_a_folder_without_a_run(tmp_path, capsys):
+    for command in ("train", "compare"):
+        said = refused(capsys, command, "--resume", "--out", tmp_path / "typo", "--device", "cpu")
+        assert f"out: expected the folder of a run that was begun, got {tmp_path / 'typo'}" in said
+    assert not (tmp_path / "typo").exists()
+
+
+def test_evaluate_says_what_is_in_the_folder(tmp_path, capsys):
+    run("compare", *TINY, "--methods", "de,forde-pca", "--out", tmp_path)
+    capsys.readouterr()
+    assert "(runs in it: de, forde-pca)" in refused(capsys, "evaluate", tmp_path)
+    (tmp_path / "de" / "checkpoint.safetensors").unlink()
+    assert f"(go on with: forde-fast train --resume --out {tmp_path}/de)" in refused(
+        capsys, "evaluate", tmp_path / "de"
+    )
+
+
+def test_what_was_loaded_is_said(tmp_path, capsys):
+    run("train", *TINY, "--validation", "0.25", "--out", tmp_path)
+    said = capsys.readouterr().err
+    assert "digits: 192 training, 64 validation, 200 test samples of 8 x 8 grey, 10 classes (0, 1, " in said
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stop:
+        run("--version")
+    assert stop.value.code == 0
+    assert capsys.readouterr().out.startswith("forde-fast 0.")
+
+
 def test_the_same_seed_gives_the_same_bytes(tmp_path):
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
         run("train", *TINY, "--seed", seed, "--augment", "--out", tmp_path / name)
@@ -125,9 +166,12 @@ def test_flags_stand_over_the_file(tmp_path):
 
 
 def test_configuration_round_trip(tmp_path):
-    config = TrainConfig(data_dir='a "quoted" \\ path', width=7, lr=1e-05, augment=True)
-    (tmp_path / "c.toml").write_text(to_toml(config))
-    assert TrainConfig(**read(tmp_path / "c.toml")) == config
+    for path in ('a "quoted" \\ path', "😀 \x7f\t\n", "ö 木"):
+        config = TrainConfig(data_dir=path, width=7, lr=1e-05, augment=True)
+        (tmp_path / "c.toml").write_text(to_toml(config), encoding="utf-8")
+        assert TrainConfig(**read(tmp_path / "c.toml")) == config
+    with pytest.raises(ValueError, match=r"^data_dir: expected text in UTF-8, got 'photos\\udcff'"):
+        TrainConfig(data_dir=os.fsdecode(b"photos\xff"))
 
 
 def test_resnet_from_a_file(tmp_path):

@@ -1,7 +1,10 @@
 """What a long piece of work shows of itself."""
 
 import pytest
+import torch
+from trainer_cases import net
 
+import forde_fast as ff
 from forde_fast import watching
 
 
@@ -22,3 +25,14 @@ def test_a_bar_on_a_terminal(monkeypatch, capsys):
     assert "training" in shown
     assert "loss 0.5" in shown
     assert "of 4" not in shown
+
+
+def test_the_last_line_of_progress_is_the_last_step(capsys):
+    trainer = ff.Trainer(ff.Ensemble(net, 2))
+    logs = []
+    with watching.Progress(trainer, 3) as progress:
+        trainer.fit([(torch.randn(6, 3, 2, 2), torch.randint(4, (6,)))] * 3, 1,
+                    on_step=lambda epoch, log: (logs.append(log), progress(epoch, log)))  # fmt: skip
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("training: 3 of 3 ")
+    assert last.endswith(f" members x images/s, loss {float(logs[-1].cross_entropy) / 2:.3f}")

@@ -54,6 +54,7 @@ class CorruptedFiles:
         good = len(labels.shape) == 1 and labels.dtype.kind in "iu" and len(labels) > 0 and len(labels) % 5 == 0
         expect(good, labels.name, "whole numbers [5 N]", f"{labels.dtype} {list(labels.shape)}")
         self.labels = labels[:].astype(np.int64)
+        self.images = len(self.labels) // 5  # of each corruption and severity
         low, high = int(self.labels.min()), int(self.labels.max())
         expect(0 <= low <= high < classes, labels.name, f"0 to {classes - 1}", f"{low} to {high}")
         self._images, wanted = {name: found[name]() for name in self.names}, [len(labels), *shape]
@@ -62,7 +63,7 @@ class CorruptedFiles:
             expect(good, images.name, f"uint8 {wanted}", f"{images.dtype} {list(images.shape)}")
 
     def __iter__(self) -> Parts:
-        count = len(self.labels) // 5
+        count = self.images
         for name in self.names:
             images = self._images[name]
             step = max(1, SLICE_BYTES // math.prod(images.shape[1:]))
@@ -154,7 +155,9 @@ class ClassFolders:
             place = self._places[name] / str(severity)
             for own in self.labels:
                 expect((place / own).is_dir(), str(place / own), "a folder that is there", "none", FileNotFoundError)
-        self._read(self._files(self.names[0], 1)[0][0])  # the size of one, before any work
+        files = self._files(self.names[0], 1)
+        self.images = len(files)  # of each corruption and severity
+        self._read(files[0][0])  # the size of one, before any work
 
     def _files(self, name: str, severity: int) -> list[tuple[Path, int]]:
         place = self._places[name] / str(severity)

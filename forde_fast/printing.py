@@ -1,0 +1,97 @@
+"""What the command line prints: what a run has loaded, tables of scores and what their columns are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+METRICS = {"accuracy": "A", "nll": "NLL", "ece": "ECE"}  # in tables as the paper has them: A, cA, cNLL, ...
+PREFIX = {"clean": "", "validation": "v", "corrupted": "c", "corrupted_all": "a", "corrupted_grey": "g"}
+LEGEND = {
+    "clean": "no prefix: clean test images",
+    "validation": "v: validation images",
+    "corrupted": "c: mean over the 15 standard corruptions at the 5 severities of CIFAR-10-C",
+    "corrupted_all": "a: the same over all 19, as the paper averages",
+    "corrupted_grey": "g: mean over the 4 that have harder severities for grey images, at these",
+}
+MOST = 6  # classes that are named
+
+
+def loaded(run) -> str:
+    """What a run trains and tests on, in a line that shows what was misunderstood."""
+    shape, classes = list(run.images.shape[1:]), run.data.classes
+    of = (
+        f"{shape[0]} features"
+        if run.data.table
+        else f"{shape[0]} x {shape[1]} {'RGB' if len(shape) == 3 else 'grey'}"
+    )
+    held = f", {len(run.valid_images):,} validation" if len(run.valid_labels) else ""
+    named = ", ".join(classes[:MOST]) + (", ..." if len(classes) > MOST else "")
+    counts = f"{len(run.images):,} training{held}, {len(run.test_images):,} test samples"
+    return f"{run.config.data}: {counts} of {of}, {len(classes)} classes ({named})"
+
+
+def scores(results: dict[str, dict]) -> None:
+    """A table of the methods' metrics."""
+    shown = [group for group in PREFIX if all(group in metrics for metrics in results.values())]
+    head = ("method", *(PREFIX[group] + short for group in shown for short in METRICS.values()))
+    rows = []
+    for name, metrics in results.items():
+        found = [(metric, metrics[group][metric]) for group in shown for metric in METRICS]
+        rows.append((name, *(f"{100 * s:.1f}" if metric == "accuracy" else f"{s:.3f}" for metric, s in found)))
+    table("Accuracy in %, negative log-likelihood, calibration error of the ensemble's mean", head, rows)
+    for group in shown:
+        print(legend(group, next(iter(results.values()))))
+    for name, metrics in results.items():
+        for unknown, found in metrics.get("ood", {}).items():
+            total, epistemic = (
+                "AUROC {auroc:.3f}, FPR95 {fpr95:.3f}".format(**found[k]) for k in ("total", "epistemic")
+            )
+            print(f"{name} against {unknown}: {total} by total, {epistemic} by epistemic uncertainty")
+
+
+def legend(group: str, metrics: dict) -> str:
+    """What a group's columns are: of files, means over what these have."""
+    from forde_fast.data.corruptions import CORRUPTIONS, STANDARD
+
+    wanted = {"corrupted": STANDARD, "corrupted_all": CORRUPTIONS}.get(group)
+    if wanted is None:
+        return LEGEND[group]
+    found, images = metrics["corrupted"]["by_corruption"], metrics["corrupted"].get("images")
+    names = [name for name in wanted if name in found] or list(found)
+    text = LEGEND[group] if len(names) == len(wanted) else f"{PREFIX[group]}: mean over {', '.join(names)} alone"
+    return text if images is None else f"{text}; {images:,} images each"
+
+
+def against(results: dict[str, dict]) -> None:
+    """What the table shows, in words: the other methods beside the deep ensemble."""
+    group = "corrupted" if "corrupted" in results["de"] else "clean"
+    for name, short in (("nll", "NLL"), ("ece", "ECE"), ("accuracy", "A")):
+        base, size = results["de"][group][name], 100 if name == "accuracy" else 1
+        apart = {n: round(size * (m[group][name] - base), 2) + 0.0 for n, m in results.items() if n != "de"}  # no -0
+        better = "higher" if size > 1 else "lower"
+        print(f"{PREFIX[group]}{short} beside de ({better} is better): {_signed(apart)}")
+    print("All from one seed: forde-fast reproduce trains over several and gives intervals.")
+
+
+def _signed(numbers: dict[str, float]) -> str:
+    return ", ".join(f"{name} {number:+.2f}" if number else f"{name} 0.00" for name, number in numbers.items())
+
+
+def table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    own = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for index, name in enumerate(head):
+        own.add_column(name, justify="left" if index == 0 else "right", no_wrap=True)
+    for row in rows:
+        own.add_row(*row)
+    Console(soft_wrap=True, width=100).print(own)  # no cell is cut on a terminal of 80 columns
+
+
+def runs_in(folder: Path) -> str:
+    """The names of the runs in a folder that is none itself, for a message."""
+    names = sorted(path.parent.name for path in folder.glob("*/config.toml"))
+    return f" (runs in it: {', '.join(names)})" if names else ""
