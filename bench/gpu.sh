@@ -14,6 +14,7 @@ parts=" ${*:-install verify tests operation operation_sizes step official report
 mkdir -p "$out"
 export PYTHONUNBUFFERED=1 MAX_JOBS=${MAX_JOBS:-$(nproc)} XLA_PYTHON_CLIENT_PREALLOCATE=false
 failures=$(mktemp)
+trap 'rm -f "$failures"' EXIT
 
 part() { # NAME SECONDS COMMAND...
   local name=$1 limit=$2 start=$SECONDS status
