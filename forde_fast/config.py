@@ -15,7 +15,7 @@ from forde_fast.models import MODELS
 from forde_fast.repulsion import BACKENDS, available_backends
 from forde_fast.spaces import SCORES
 from forde_fast.strategies import KINDS, PRECISIONS
-from forde_fast.validation import expect
+from forde_fast.validation import expect, reason_of
 
 
 def _setting(default, text: str):
@@ -144,7 +144,7 @@ def read(path: str | Path) -> dict:
     try:
         settings = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:  # also of too many digits, or brackets in brackets
-        raise ValueError(f"config: expected TOML, got {path} ({' '.join(str(error).split())})") from None
+        raise ValueError(f"config: expected TOML, got {path} ({reason_of(error)})") from None
     for name, value in settings.items():
         validation.one_of(name, f"config {path}", FIELDS)
         if kind_of(name) is float and type(value) is int:

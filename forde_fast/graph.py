@@ -17,6 +17,7 @@ from torch import Tensor
 
 from forde_fast.step import Log
 from forde_fast.strategies import Strategy
+from forde_fast.validation import reason_of
 
 MOST = 16  # kinds of step that are recorded: shapes of batches may be many
 
@@ -75,7 +76,7 @@ class Recorder:
             except Exception as error:  # whatever a module does that cannot be recorded; out of memory
                 error = error.__context__ or error  # the end of a failed recording has an error of its own
                 self._forget(constants)
-                self.reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+                self.reason = f"{type(error).__name__}: {reason_of(error)}"
                 return self.update(x, y, rate, *rest)
         return Log(*(number.clone() for number in self.launches[kind]()))  # the next launch overwrites them
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -164,8 +165,8 @@ def available(device: torch.device) -> int:
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(device)[0]
     heap.trim()
-    if not Path("/proc/meminfo").exists():
-        return 0
+    if not Path("/proc/meminfo").exists():  # all that the machine has; os of Windows cannot tell
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 0
     import resource  # which Windows does not have
 
     lines = Path("/proc/meminfo").read_text().splitlines()

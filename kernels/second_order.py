@@ -10,6 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .layouts import _launch
+
 WARPS = 8
 SUM_PROGRAMS = 264  # two for each multiprocessor of the largest chips: the fewer, the fewer parts there are to add
 CHANNELS = 64  # of a program where they are neighbours in memory: 128 bytes of bfloat16, a whole line
@@ -248,11 +250,6 @@ def _weight_kernel(
     products *= tl.load(statistics + 2 * C + c, mask=known, other=0.0)
     ug = tl.load(double_sums + 2 * C + c, mask=known, other=0.0)
     tl.store(out + c, (ug - products) * tl.load(statistics + C + c, mask=known, other=0.0), mask=known)
-
-
-def _launch(kernel, grid, tensors, numbers, constants):
-    with torch.cuda.device_of(tensors[0]):
-        kernel[grid](*tensors, *numbers, **constants)
 
 
 class _Call:

@@ -95,8 +95,8 @@ def test_plain_pytorch_differentiated_by_func_passes_the_check(monkeypatch):
 
 
 def test_what_does_not_fit_is_left_out(monkeypatch):
-    monkeypatch.setattr(providers, "free_bytes", lambda device: 1000)
-    monkeypatch.setattr(benchmark, "free_bytes", lambda device: 1000)
+    monkeypatch.setattr(providers, "available", lambda device: 1000)
+    monkeypatch.setattr(benchmark, "available", lambda device: 1000)
     rows = [row for case in benchmark.bench("3x4x64", "identity,pca", "reference", device="cpu") for row in case]
     assert "it holds [M, M, B, D] four times" in rows[0]["left_out"]
     assert "the basis would take" in rows[1]["left_out"]

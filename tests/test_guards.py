@@ -104,6 +104,12 @@ def test_what_fits_follows_the_graphs_of_a_member():
     assert guards.what_fits(graph, 10, 64, device, 10).endswith("nothing fits")
 
 
+def test_what_is_available_where_the_system_does_not_say(monkeypatch, tmp_path):
+    known = guards.available(torch.device("cpu"))
+    monkeypatch.setattr(guards, "Path", lambda path: tmp_path / "missing")
+    assert guards.available(torch.device("cpu")) >= known > 0
+
+
 TINY = ["--data", "digits", "--train-size", "128", "--test-size", "50", "--width", "8", "--members", "2"]
 
 

@@ -27,7 +27,8 @@ from forde_fast.benchmark.cases import (
     make_lengthscale,
 )
 from forde_fast.benchmark.floors import count, floor_of, matmul_precision, peaks
-from forde_fast.benchmark.providers import PLAIN, PROVIDERS, check, free_bytes, make_provider, unusable
+from forde_fast.benchmark.providers import PLAIN, PROVIDERS, check, make_provider, unusable
+from forde_fast.guards import available
 from forde_fast.timing import append, captured, interleaved, quantiles, ratio
 
 __all__ = ["DEFAULT_SHAPES", "DTYPES", "GROUPS", "PROVIDERS", "SHAPES", "as_text", "bench", "default_device", "keep"]
@@ -72,7 +73,7 @@ def bench(
 
 def _measure(case: Case, providers: list[str], rounds: int, caches: tuple[str, ...]) -> list[dict]:
     basis_bytes = 12 * case.shape[2] * case.rank  # in float64 and in float32
-    if 2 * basis_bytes > free_bytes(case.device):
+    if 2 * basis_bytes > available(torch.device(case.device)):
         return [_row(case, "all", left_out=f"the basis would take {basis_bytes / 1e9:.0f} GB")]
     torch.manual_seed(0)
     particles = torch.randn(case.shape, device=case.device, dtype=DTYPES[case.dtype])

@@ -94,7 +94,10 @@ def _seconds(call: Callable[[], object]) -> float:
 
 @contextlib.contextmanager
 def matmul_precision(precision: str):
-    """Products of float32 matrices in "ieee" float32 or in "tf32"."""
+    """Products of float32 matrices in "ieee" float32 or in "tf32".
+
+    By the setting that torch.compile asks for: within `precision.products_in("tf32")` asking for it is an error.
+    """
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     try:

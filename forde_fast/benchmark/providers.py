@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import os
 from collections.abc import Callable
 
 import torch
@@ -12,6 +10,7 @@ from torch import Tensor
 
 from forde_fast import reference
 from forde_fast.benchmark.cases import DTYPES, Case
+from forde_fast.guards import available
 from forde_fast.lengthscales import PCA
 from forde_fast.repulsion import available_backends, repulsion
 from forde_fast.testing import budget
@@ -27,7 +26,7 @@ def unusable(name: str, case: Case) -> str:
         members, batch, size = case.shape
         columns = size if case.rank in (0, size) else size + case.rank
         held = 4 * members**2 * batch * columns * max(4, DTYPES[case.dtype].itemsize)
-        free = free_bytes(case.device)
+        free = available(torch.device(case.device))
         text = f"it holds [M, M, B, D] four times, {held / 1e9:.1f} GB: over half of the {free / 1e9:.1f} GB free"
         return text if 2 * held > free else ""
     if name == "compiled":
@@ -35,16 +34,6 @@ def unusable(name: str, case: Case) -> str:
     backend = available_backends()[name]
     here = case.device == ("cpu" if name == "cpp" else "cuda")
     return "" if backend and here else f"it does not run on {case.device} tensors" if backend else backend.reason
-
-
-def free_bytes(device: str) -> int:
-    """Memory that is free on the device."""
-    if device == "cuda":
-        torch.cuda.empty_cache()
-        return torch.cuda.mem_get_info()[0]
-    with contextlib.suppress(OSError, StopIteration), open("/proc/meminfo", encoding="ascii") as file:
-        return 1024 * next(int(line.split()[1]) for line in file if line.startswith("MemAvailable"))
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def make_provider(name: str, particles: Tensor, scale, precision: str = "ieee") -> Callable[[], Repulsion]:

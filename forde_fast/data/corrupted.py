@@ -15,7 +15,7 @@ import numpy as np
 from forde_fast.data.corruptions import CORRUPTIONS, PRESETS, corrupt
 from forde_fast.data.own import read_image
 from forde_fast.files import make_folder
-from forde_fast.validation import expect, one_of, whole
+from forde_fast.validation import expect, one_of, reason_of, whole
 
 SLICE_BYTES = 4 << 20  # of images that are held at a time
 SEVERITIES = (1, 2, 3, 4, 5)
@@ -86,7 +86,7 @@ class _Rows:
                 read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
                 self.shape, fortran, self.dtype = read[np.lib.format.read_magic(file)](file)
             except Exception as error:  # a damaged header raises whatever its parser stumbles over
-                self._refuse(" ".join(str(error).split()) or type(error).__name__)
+                self._refuse(reason_of(error))
             self.start = file.tell()
             end = os.fstat(file.fileno()).st_size
             end = end if size is None else min(end, start + size)
@@ -133,7 +133,7 @@ def _tar_arrays(path: Path) -> dict[str, Callable[[], _Rows]]:
                     where = (f"{path}: {name}", member.offset_data, member.size)
                     found[name.stem] = lambda where=where: _Rows(path, *where)
     except (tarfile.TarError, EOFError, OSError) as error:
-        reason = " ".join(str(error).split())
+        reason = reason_of(error)
         raise ValueError(f"{path}: expected a whole, uncompressed .tar, got another file ({reason})") from None
     return found
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from forde_fast.data.own import Parts, read_image
-from forde_fast.validation import expect
+from forde_fast.validation import expect, reason_of
 
 MOST_IMAGES = 10**6  # of SVHN, whose largest part has 531,131: compressed, a small file may claim any number
 TINY_SIZE = (64, 64)
@@ -87,7 +87,7 @@ def read_svhn(path: Path) -> tuple[np.ndarray, np.ndarray]:
         kinds = {name: (list(shape), kind) for name, shape, kind in whosmat(path)}
         stored = loadmat(path, variable_names=["X", "y"]) if _is_svhn(kinds) else {}
     except Exception as error:  # a damaged file raises whatever the reader stumbles over
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = reason_of(error)
         raise ValueError(f"{path}: expected a whole MATLAB 5 file, got another ({reason})") from None
     expect(bool(stored), str(path), "uint8 X [32, 32, 3, N] and y [N, 1]", kinds)
     labels = stored["y"][:, 0]

@@ -10,11 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from forde_fast.data.corrupted import SEVERITIES
 from forde_fast.data.corruptions import CORRUPTIONS, corrupt
 from forde_fast.files import write
 from forde_fast.validation import expect
-
-SEVERITIES = (1, 2, 3, 4, 5)
 
 
 class Corrupted:
