@@ -19,7 +19,8 @@ from forde_fast.validation import expect, reason_of
 
 KEPT = 2  # checkpoints: should the last one be damaged, there is one before it
 DIGITS = 16  # of the SHA-256 in a checkpoint's name
-ODD = (LookupError, TypeError, AttributeError, ValueError, RuntimeError)  # what a file with another content leads to
+FOREIGN = (LookupError, TypeError, AttributeError, ValueError, RuntimeError)  # what a file of other content leads to
+ODD = FOREIGN  # as trainer.py has it still
 
 
 def save_ensemble(path: str | Path, ensemble: Ensemble) -> None:
@@ -164,7 +165,7 @@ class Checkpoints:
                 state = unpack(path.read_bytes())
                 states.append(only(state, own) if own is not None else state)
             return joined(states, self.rank if len(states) == self.ranks else None)
-        except ODD as error:
+        except FOREIGN as error:
             got = f"others in {self.folder} ({reason_of(error)})"
             raise ValueError(f"checkpoints: expected the pieces of one state, got {got}") from None
 
@@ -255,7 +256,7 @@ def _is_random(states) -> bool:
     """Whether the first is one of a generator on the CPU."""
     try:
         torch.Generator().set_state(states[0])
-    except ODD:
+    except FOREIGN:
         return False
     return all(isinstance(one, Tensor) for one in states)
 
@@ -299,7 +300,7 @@ def unpack(content: bytes) -> dict:
         state = _unpacked(content)
         expect(isinstance(state, dict), "state", "a dict", type(state).__name__)
         return state
-    except (SafetensorError, *ODD) as error:
+    except (SafetensorError, *FOREIGN) as error:
         reason = reason_of(error)
         raise ValueError(f"state: expected what a training keeps, in safetensors, got another ({reason})") from None
 

@@ -13,10 +13,12 @@ from torch import Tensor
 
 from forde_fast import second_order
 from forde_fast.ensemble import Ensemble
+from forde_fast.guards import is_memory
 from forde_fast.methods import Method
 from forde_fast.modes import evaluation_mode
 from forde_fast.step import Objective, gradient
 from forde_fast.strategies import Graphs, Strategy, alike, random_state, set_random_state, small
+from forde_fast.validation import reason_of
 
 ROUNDS = 3  # of measurement, after one that warms up
 WORTH = 0.9  # what is not faster than a loop by this factor is not worth another order of rounding
@@ -118,7 +120,7 @@ def why_not(strategy: Strategy, ensemble: Ensemble, objective: Objective, x: Ten
                 given = ensemble, ensemble.flat, None, x, y, objective.loss
                 own, together = (Graphs(*given, one).plain()[1] for one in (replace(strategy, kind="loop"), strategy))
         except Exception as error:  # whatever a module does that torch.vmap cannot
-            return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            return f"{type(error).__name__}: {reason_of(error)}"
     bound = 1e3 * torch.finfo(own.dtype if strategy.precision == "full" else torch.bfloat16).eps
     off = (together - own).norm() > bound * own.norm()
     return "the members' losses come out otherwise" if off else ""
@@ -155,7 +157,9 @@ def _measure(candidates: dict[str, Choice], ensemble, objective, x, y) -> dict[s
                 begin = _now(x.device)
                 try:
                     gradient(ensemble, ensemble.flat, None, x, y, objective, strategy=candidates[name].strategy)
-                except torch.OutOfMemoryError:
+                except Exception as error:
+                    if not is_memory(error):
+                        raise
                     del candidates[name]
                     times.pop(name, None)
                     continue

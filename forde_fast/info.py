@@ -14,7 +14,7 @@ from forde_fast.repulsion import available_backends
 def info() -> dict[str, str]:
     """Versions, hardware and backends, each as text."""
     return {
-        "forde_fast": importlib.metadata.version("forde-fast"),
+        "forde_fast": _version("forde-fast"),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": _version("triton"),

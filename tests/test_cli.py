@@ -1,5 +1,6 @@
 """The command line as a user meets it: runs, their folders, and one line for what is wrong."""
 
+import importlib.metadata
 import json
 import os
 import tomllib
@@ -194,6 +195,16 @@ def test_verify_and_info(capsys, monkeypatch):
     assert "NO" in capsys.readouterr().out
     assert run("info", "--json") == 0
     assert "backend cpp" in json.loads(capsys.readouterr().out)
+
+
+def test_info_of_what_is_not_installed(capsys, monkeypatch):
+    def absent(package):
+        raise importlib.metadata.PackageNotFoundError(package)
+
+    monkeypatch.setattr(importlib.metadata, "version", absent)
+    assert run("info", "--json") == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["forde_fast"] == facts["triton"] == "not installed"
 
 
 BAD = [

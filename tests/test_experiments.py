@@ -120,6 +120,9 @@ def test_maps_are_the_weighted_activations():
         weights = member.head.weight[y] / 6  # [5, 3]
         wanted = (weights[:, :, None, None] * member.conv(x)).sum(1).relu()
         assert torch.allclose(found[i], wanted, rtol=1e-5, atol=1e-7)
+    with pytest.raises(RuntimeError):
+        pictures.maps_of(ensemble, "conv", x.expand(-1, 2, -1, -1), y)
+    assert not any(member.conv._forward_hooks for member in ensemble.members)
 
 
 def test_distance_of_maps_by_loops():

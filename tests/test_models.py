@@ -1,5 +1,6 @@
 import re
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -114,18 +115,27 @@ def test_gradgradcheck(name):
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: models.resnet18(width=0), "width: expected an integer of at least 1, got 0"),
-        (lambda: models.resnet18(in_channels=-1), "in_channels: expected an integer of at least 1, got -1"),
-        (lambda: models.cnn(width=2.5), "width: expected an integer of at least 1, got 2.5"),
-        (lambda: models.cnn(in_channels=0), "in_channels: expected an integer of at least 1, got 0"),
-        (lambda: models.mlp(num_classes=0), "num_classes: expected an integer of at least 1, got 0"),
-        (lambda: models.mlp(hidden=(8, 0)), "hidden: expected an integer of at least 1, got 0"),
+        (lambda: models.resnet18(width=0), "width: expected a whole number >= 1, got 0"),
+        (lambda: models.resnet18(in_channels=-1), "in_channels: expected a whole number >= 1, got -1"),
+        (lambda: models.cnn(width=2.5), "width: expected a whole number >= 1, got 2.5"),
+        (lambda: models.cnn(in_channels=0), "in_channels: expected a whole number >= 1, got 0"),
+        (lambda: models.mlp(num_classes=True), "num_classes: expected a whole number >= 1, got True"),
+        (lambda: models.mlp(num_classes=0), "num_classes: expected a whole number >= 1, got 0"),
+        (lambda: models.mlp(hidden=(8, 0)), "hidden: expected a whole number >= 1, got 0"),
         (lambda: models.mlp(in_shape=(28, 28)), "in_shape: expected (C, H, W)"),
         (lambda: models.make("vgg", 10, (1, 8, 8)), "name: expected one of mlp, cnn, resnet18, preactresnet18, got"),
-        (lambda: models.make("cnn", 10, (1, 0, 8)), "in_shape: expected (C, H, W)"),
-        (lambda: models.make("mlp", 10, (1, 8, 8), 0), "width: expected an integer of at least 1, got 0"),
+        (lambda: models.make("cnn", 10, (1, 0, 8)), "in_shape: expected a whole number >= 1, got 0"),
+        (lambda: models.make("mlp", 10, (1, 8, 8), 0), "width: expected a whole number >= 1, got 0"),
     ],
 )
 def test_bad_sizes(build, message):
     with pytest.raises(ValueError, match=rf"^{re.escape(message)}[^\n]*$"):
         build()
+
+
+@pytest.mark.parametrize("name", models.MODELS)
+def test_sizes_may_be_numpys(name):
+    classes, width, *shape = np.array([3, SMALL[name], 2, 6, 6])
+    torch.manual_seed(0)
+    found, wanted = models.make(name, classes, tuple(shape), width), small(name)
+    assert all(map(torch.equal, found.state_dict().values(), wanted.state_dict().values()))

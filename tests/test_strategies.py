@@ -242,6 +242,24 @@ def test_auto_leaves_everything_as_it_was_and_takes_the_fastest(monkeypatch, dro
     assert torch.equal(torch.rand(3), wanted)
 
 
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("can't allocate memory")]
+)
+def test_what_is_out_of_memory_is_not_measured(monkeypatch, error):
+    def failing(*given, strategy):
+        if strategy.kind == "stacked":
+            raise error
+        return gradient(*given, strategy=strategy)
+
+    monkeypatch.setattr(choice, "gradient", failing)
+    given = ff.Ensemble(net, 2), Objective(ff.Method(None)), *batch()
+    candidates = {"loop": choice.Choice(LOOP, None), "stacked": choice.Choice(STACKED, None)}
+    assert list(choice._measure(candidates, *given)) == ["loop"]
+    error = ValueError("of a module")
+    with pytest.raises(ValueError, match="of a module"):
+        choice._measure({"stacked": choice.Choice(STACKED, None)}, *given)
+
+
 def test_auto_without_repulsion_is_the_deep_ensemble_and_stacks_small_members(monkeypatch):
     monkeypatch.setattr(choice, "_measured", {})
     monkeypatch.setattr(choice, "_measure", lambda candidates, *_: {n: 1.0 + (n == "loop") for n in candidates})

@@ -60,8 +60,10 @@ def maps_of(ensemble: Ensemble, layer: str, x: Tensor, y: Tensor) -> Tensor:
         for member in ensemble.members:
             seen: list[Tensor] = []
             hook = member.get_submodule(layer).register_forward_hook(lambda *call, to=seen: to.append(call[-1]))
-            logits = member(x)
-            hook.remove()
+            try:
+                logits = member(x)
+            finally:
+                hook.remove()
             (slope,) = torch.autograd.grad(logits.gather(1, y[:, None]).sum(), seen[-1])
             found.append((slope.mean((2, 3), keepdim=True) * seen[-1]).sum(1).relu().detach())
     return torch.stack(found)

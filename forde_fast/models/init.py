@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from forde_fast.validation import expect
+from forde_fast.validation import expect, whole
 
 
 @torch.no_grad()
@@ -27,16 +27,13 @@ def haiku_init_(module: nn.Module) -> nn.Module:
 
 
 def check_positive(**sizes: int) -> None:
-    """Raise ValueError naming the first argument that is no integer of at least 1."""
+    """Raise ValueError naming the first argument that is no whole number of at least 1."""
     for name, size in sizes.items():
-        expect(_is_size(size), name, "an integer of at least 1", repr(size))
+        whole(size, name)
 
 
 def check_in_shape(in_shape: tuple[int, int, int]) -> None:
     """Raise ValueError unless in_shape is (C, H, W), each at least 1."""
-    holds = isinstance(in_shape, tuple | list) and len(in_shape) == 3 and all(map(_is_size, in_shape))
-    expect(holds, "in_shape", "(C, H, W), each an integer of at least 1", repr(in_shape))
-
-
-def _is_size(size) -> bool:
-    return isinstance(size, int) and not isinstance(size, bool) and size >= 1
+    expect(isinstance(in_shape, tuple | list) and len(in_shape) == 3, "in_shape", "(C, H, W)", repr(in_shape))
+    for size in in_shape:
+        whole(size, "in_shape")
