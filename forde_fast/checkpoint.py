@@ -20,7 +20,6 @@ from forde_fast.validation import expect, reason_of
 KEPT = 2  # checkpoints: should the last one be damaged, there is one before it
 DIGITS = 16  # of the SHA-256 in a checkpoint's name
 FOREIGN = (LookupError, TypeError, AttributeError, ValueError, RuntimeError)  # what a file of other content leads to
-ODD = FOREIGN  # as trainer.py has it still
 
 
 def save_ensemble(path: str | Path, ensemble: Ensemble) -> None:

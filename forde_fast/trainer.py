@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from forde_fast import graph, guards, heap, memory, second_order, validation
 from forde_fast.batches import Check, read
-from forde_fast.checkpoint import ODD, check_trained
+from forde_fast.checkpoint import FOREIGN, check_trained
 from forde_fast.choice import choose
 from forde_fast.ensemble import Ensemble, split_row
 from forde_fast.methods import Method, resolve
@@ -360,7 +360,7 @@ class Trainer:
             try:
                 numbered = {int(index): own for index, own in state["optimizer"]["state"].items()}  # JSON has texts
                 self.optimizer.load_state_dict({**state["optimizer"], "state": numbered})
-            except ODD as error:
+            except FOREIGN as error:
                 raise ValueError(f"optimizer: expected a state of it, got another ({reason_of(error)})") from None
         self.ensemble.load_state_dict(state["ensemble"])
         self.velocity = self.velocity.to(self.ensemble.flat)
