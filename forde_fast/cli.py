@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.metadata
 import json
 import os
 import shlex
@@ -21,9 +20,7 @@ COMPARED = "de,forde-identity,forde-pca,forde-tuned"
 
 def main(arguments: list[str] | None = None) -> int:
     parser = Parser(prog="forde-fast", description="First-order repulsive deep ensembles.")
-    parser.add_argument(
-        "--version", action="version", version=f"forde-fast {importlib.metadata.version('forde-fast')}"
-    )
+    parser.add_argument("--version", action="version", version=f"forde-fast {printing.version()}")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
     for name, add in COMMANDS.items():
         command = commands.add_parser(name, help=add.__doc__, description=add.__doc__)

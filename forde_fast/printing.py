@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +16,13 @@ LEGEND = {
     "corrupted_grey": "g: mean over the 4 that have harder severities for grey images, at these",
 }
 MOST = 6  # classes that are named
+
+
+def version() -> str:
+    try:
+        return importlib.metadata.version("forde-fast")
+    except importlib.metadata.PackageNotFoundError:  # run from its sources
+        return "not installed"
 
 
 def loaded(run) -> str:
