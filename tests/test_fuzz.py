@@ -91,9 +91,11 @@ def mat() -> bytes:
     return out.getvalue()
 
 
-def image(form: str) -> bytes:
-    out = io.BytesIO()
-    Image.fromarray(np.arange(48, dtype=np.uint8).reshape(4, 4, 3)).save(out, form)
+def image(form: str, mode: str = "RGB", turn: int | None = None) -> bytes:
+    out, exif = io.BytesIO(), Image.Exif()
+    exif[0x0112] = turn
+    pixels = Image.fromarray(np.arange(48, dtype=np.uint8).reshape(4, 4, 3)).convert(mode)
+    pixels.save(out, form, exif=exif if turn else b"")
     return out.getvalue()
 
 
@@ -163,6 +165,8 @@ READERS = {
     "corrupted.tar": (lambda b: corrupted(b, "tar"), tar({"C/fog.npy": FOG, "C/labels.npy": C_LABELS}, "w:")),
     "png": (lambda b: own.read_image(stored(b, "a.png"), None), image("PNG")),
     "jpeg": (lambda b: own.read_image(stored(b, "a.jpeg"), (4, 4)), image("JPEG")),
+    "png on white": (lambda b: own.read_image(stored(b, "a.png"), None), image("PNG", "RGBA", 6)),
+    "jpeg turned": (lambda b: own.read_image(stored(b, "a.jpeg"), (4, 4)), image("JPEG", turn=6)),
     "wnids": (tiny, b"n01\nn02\n"),
     "csv": (lambda b: own.load_csv(stored(b, "a.csv")), b"a,b,label\n1,2,0\n2,3,0\n1,1,1\n0,1,1\n"),
     "log": (lambda b: doctor.examine(doctor.read_log(stored(b, "log.jsonl").parent)), LOG),

@@ -7,10 +7,11 @@ import struct
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from forde_fast import cli
 from forde_fast.data import load, stratified
+from forde_fast.data.own import read_image
 
 RANDOM = np.random.default_rng(0)
 
@@ -39,7 +40,8 @@ def folder_of(root, color=True, count=5):
 
 def test_class_folders_with_and_without_a_test_part(tmp_path):
     folder_of(tmp_path / "one")
-    (tmp_path / "one" / "cat" / ".DS_Store").write_bytes(b"x")
+    for name in (".DS_Store", "Thumbs.db", "desktop.ini"):
+        (tmp_path / "one" / "cat" / name).write_bytes(b"x")
     one = load("folder", tmp_path / "one")
     assert one.classes == ("cat", "dog")
     assert (len(one.train_labels), len(one.test_labels)) == (8, 2)
@@ -52,6 +54,9 @@ def test_class_folders_with_and_without_a_test_part(tmp_path):
     folder_of(tmp_path / "two" / "test", count=2)
     two = load("folder", tmp_path / "two")
     assert (len(two.train_labels), len(two.test_labels)) == (6, 4)
+    folder_of(tmp_path / "three" / "train")
+    three = load("folder", tmp_path / "three")
+    assert (three.classes, len(three.train_labels), sorted(three.test_labels.tolist())) == (one.classes, 8, [0, 1])
     dog = np.asarray(Image.open(tmp_path / "two" / "train" / "dog" / "1.png"))
     (place,) = [i for i, x in enumerate(two.train_images.numpy()) if np.array_equal(x, dog)]
     assert two.train_labels[place] == 1
@@ -62,6 +67,49 @@ def test_grey_images_stay_grey_unless_there_are_others(tmp_path):
     assert load("folder", tmp_path).train_images.ndim == 3
     image(tmp_path / "cat" / "colour.png", mode="P")
     assert load("folder", tmp_path).train_images.shape[3] == 3
+
+
+@pytest.mark.parametrize("form", ["png", "jpg", "tif"])
+@pytest.mark.parametrize("turn", range(1, 9))
+def test_photos_are_turned_as_they_are_shown(turn, form, tmp_path):
+    folder_of(tmp_path)
+    stored = Image.fromarray(RANDOM.integers(0, 256, (10, 8, 3) if turn >= 5 else (8, 10, 3), np.uint8))
+    stored.save(tmp_path / "dog" / f"photo.{form}", exif=orientation(turn))
+    with Image.open(tmp_path / "dog" / f"photo.{form}") as photo:
+        shown = np.asarray(ImageOps.exif_transpose(photo))
+    data = load("folder", tmp_path)
+    assert bytes(shown) in map(bytes, np.concatenate([data.train_images.numpy(), data.test_images.numpy()]))
+
+
+def orientation(turn):
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    return exif
+
+
+def test_a_photo_whose_exif_cannot_be_read_is_shown_as_it_lies(tmp_path):
+    Image.fromarray(RANDOM.integers(0, 256, (8, 10, 3), np.uint8)).save(tmp_path / "a.jpg", exif=b"Exif\0\0MM?")
+    assert np.array_equal(read_image(tmp_path / "a.jpg", (8, 10)), np.asarray(Image.open(tmp_path / "a.jpg")))
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB", "L", "1"])
+def test_what_is_transparent_is_put_on_white(mode, tmp_path):
+    black, name = Image.new("RGB", (3, 1)).convert(mode), tmp_path / "a.png"
+    if mode in ("RGBA", "LA"):  # transparent, half, opaque
+        black.putalpha(Image.fromarray(np.array([[0, 128, 255]], np.uint8)))
+        black.save(name)
+    else:  # one colour stands for what is transparent
+        black.putpixel((2, 0), 255 if mode in ("L", "1") else 1 if mode == "P" else (255, 0, 0))
+        black.save(name, transparency=(0, 0, 0) if mode == "RGB" else 0)
+    pixels = read_image(name, (1, 3))
+    assert pixels.ndim == (2 if mode in ("LA", "L", "1") else 3)
+    assert (pixels[0, 0] == 255).all()
+    if mode in ("RGBA", "LA"):
+        assert (pixels[0, 1] == 127).all()
+        assert (pixels[0, 2] == 0).all()
+    else:
+        opaque = Image.open(name).convert("RGB" if pixels.ndim == 3 else "L")
+        assert np.array_equal(pixels[0, 2], np.asarray(opaque)[0, 2])
 
 
 def bomb(path):
@@ -89,7 +137,15 @@ def cut(path):
         (lambda d: cut(d / "dog" / "9.png"), r"9\.png: expected a whole image file"),
         (lambda d: bomb(d / "cat" / "0.png"), r"0\.png: expected an image of a plausible size"),
         (lambda d: image(d / "dog" / "9.png", False, mode="I;16"), r"9\.png: expected 8 bits per channel"),
-        (lambda d: [p.unlink() for p in d.rglob("[1-9].png")], "labels: expected 2 samples or more of every class"),
+        (
+            lambda d: [p.unlink() for p in d.glob("cat/[1-9].png")],
+            "2 samples or more of every class, got 1 of class cat",
+        ),
+        (lambda d: image(d / "dog" / "old" / "9.png"), r"old: expected an image file, got a folder"),
+        (
+            lambda d: Image.new("RGB", (10, 8)).save(d / "dog" / "9.jpg", exif=orientation(6)),
+            r"9\.jpg: expected \(8, 10\) pixels .*, got \(10, 8\)",
+        ),
     ],
 )
 def test_bad_class_folders_are_named(spoil, message, tmp_path):
@@ -102,7 +158,8 @@ def test_bad_class_folders_are_named(spoil, message, tmp_path):
 
 def test_bad_parts_of_class_folders(tmp_path):
     folder_of(tmp_path / "train")
-    with pytest.raises(FileNotFoundError, match="data_dir: expected a folder test/ beside"):
+    folder_of(tmp_path / "val")
+    with pytest.raises(ValueError, match=r"expected train/ and test/, or train/ alone, got val besides"):
         load("folder", tmp_path)
     folder_of(tmp_path / "test")
     image(tmp_path / "test" / "eel" / "0.png")
@@ -135,6 +192,10 @@ def test_arrays_in_one_file_or_a_folder(tmp_path):
     read = load("npz", tmp_path / "both.npz")
     assert sorted(map(bytes, read.test_images.numpy())) == sorted(map(bytes, both["test_images"]))
     assert [len(load("npz", tmp_path / "once.npz").train_labels), len(read.train_labels)] == [16, 20]
+    np.savez(tmp_path / "train.npz", **{f"train_{name}": a for name, a in arrays().items()})
+    assert len(load("npz", tmp_path / "train.npz").test_labels) == 4
+    np.savez(tmp_path / "bare.npz", **arrays(), **{f"test_{name}": a for name, a in arrays(10).items()})
+    assert len(load("npz", tmp_path / "bare.npz").test_labels) == 10
     table = load("table", tmp_path / "folder")
     assert table.table
     assert table.train_images.dtype == torch.float32
@@ -155,7 +216,7 @@ def test_a_csv_of_numbers_with_named_classes(tmp_path):
         load("table", path)  # then the last column is the label
 
 
-@pytest.mark.parametrize("head", ["\ufefflabel,size", " label ,size"], ids=["a byte order mark", "spaces"])
+@pytest.mark.parametrize("head", ["\ufefflabel,size", " label ,size", "Label,size", "LABEL,1"])
 def test_a_label_is_found_as_spreadsheets_write_it(head, tmp_path):
     (tmp_path / "t.csv").write_text(head + "\n" + "\n".join(f"{i % 2},{i}" for i in range(10)), encoding="utf-8")
     table = load("table", tmp_path / "t.csv")
@@ -170,6 +231,11 @@ NAN["x"][7, 2] = np.nan
     ("data", "content", "message"),
     [
         ("npz", {"images": arrays()["images"]}, "expected arrays train_images.*, got images$"),
+        (
+            "npz",
+            {**arrays(), "test_images": arrays()["images"]},
+            "expected arrays .*, got images, labels, test_images$",
+        ),
         ("npz", {**arrays(), "images": np.zeros((20, 3))}, r"images: expected uint8 .*, got float64 \[20, 3\]"),
         ("npz", {**arrays(), "labels": np.zeros(20)}, r"labels: expected whole numbers \[20\].*, got float64"),
         ("npz", {**arrays(), "labels": np.arange(19)}, r"labels: expected whole numbers \[20\].*, got int64 \[19\]"),
@@ -206,8 +272,17 @@ def test_damaged_and_foreign_arrays_are_named(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "expected a line of names"),
-        ("a,label\n", "expected rows of features and a label"),
+        ("", "expected a line of names and rows of numbers, got an empty file"),
+        ("1,2,a\n1,2,a\n1,2,b\n1,2,b\n", "expected a first line of names, not of numbers, got '1,2,a'"),
+        ("1,,a\n1,2,a\n1,2,b\n1,2,b\n", "expected a first line of names, not of numbers, got '1,,a'"),
+        ("x;y;label\n1;2;a\n", "expected comma-separated columns .*, got one column 'x;y;label'"),
+        ("x\tlabel\n1\ta\n", r"expected comma-separated columns .*, got one column 'x\\tlabel'"),
+        ("label,x,Label\n1,2,3\n", "expected one column label, got 2 of them"),
+        ("a,label\n1,x\n2,\n", "row 2: expected a label as 'label', got an empty cell"),
+        ("a,label\n1,0\n2, \n", "row 2: expected a label as 'label', got an empty cell"),
+        ("a,label\n1,x\n1,x\n2,y\n", "labels: expected 2 samples or more of every class, got 1 of class y"),
+        ("a,price\n1,0.5\n2,1.5\n2,3\n", "expected classes as 'price', got numbers: 3 different ones in 3 rows"),
+        ("a,label\n", "expected rows of features and a label, got 0 rows"),
         ("a,label\n1,0\nnan,1\n", "row 2: expected a finite 'a' of float32, got 'nan'"),
         ("a,label\n1,0\n2\n", "row 2: expected 2 values, got 1"),
         ("a,label\nx,0\n", "row 1: expected a number as 'a', got 'x'"),

@@ -16,6 +16,8 @@ TEST_SHARE = 0.2  # held out where the data have no test part of their own
 INPUTS = ("images", "features", "x")
 LABELS = ("labels", "y")
 LARGEST = float(np.finfo(np.float32).max)  # of a feature
+LEFT_BY_SYSTEMS = ("thumbs.db", "desktop.ini")  # in folders of images, beside files that begin with a dot
+ORIENTATION = 0x0112  # EXIF's tag
 MODES = {"1": "L", "L": "L", "P": "RGB", "RGB": "RGB", "RGBA": "RGB", "CMYK": "RGB", "LA": "L", "YCbCr": "RGB"}
 
 Parts = tuple[list[np.ndarray], tuple[str, ...]]  # train inputs, train labels, test inputs, test labels; classes
@@ -32,28 +34,38 @@ def stratified(labels: np.ndarray, share: float, seed: int = 0) -> tuple[np.ndar
 
 
 def load_folder(folder: Path) -> Parts:
-    """`folder/train/<class>/<image>` and `folder/test/...`, or `folder/<class>/<image>` with a part held out.
+    """`folder/train/<class>/<image>` and `folder/test/...`; or `folder/train/...` alone, or `folder/<class>/<image>`,
+    with a part held out.
 
     All images have one size; they are grey if all files are, else RGB. Raises FileNotFoundError or ValueError.
     """
     expect(folder.is_dir(), "data_dir", "a folder of class folders", folder, FileNotFoundError)
-    if not (folder / "train").is_dir():
+    train, test = folder / "train", folder / "test"
+    if not train.is_dir():
         classes = _class_names(folder)
         return _parts(*_read_classes(folder, classes), None, None, classes)
-    test = folder / "test"
-    expect(test.is_dir(), "data_dir", f"a folder test/ beside {folder / 'train'}", "none", FileNotFoundError)
-    classes = _class_names(folder / "train")
+    classes = _class_names(train)
+    if not test.is_dir():
+        other = [path.name for path in _visible(folder) if path.is_dir() and path != train]  # val/, or more classes
+        expect(not other, str(folder), "train/ and test/, or train/ alone", f"{', '.join(other)[:80]} besides")
+        return _parts(*_read_classes(train, classes), None, None, classes)
     other = [name for name in _class_names(test) if name not in classes]
     expect(not other, str(test), "the classes of train/", f"{other[0] if other else ''} besides")
     present = tuple(name for name in classes if (test / name).is_dir())
-    train, test = _read_classes(folder / "train", classes), _read_classes(test, present, classes)
+    train, test = _read_classes(train, classes), _read_classes(test, present, classes)
     if train[0].ndim != test[0].ndim:  # one part is all grey
         train, test = ((np.stack([x] * 3, -1) if x.ndim == 3 else x, y) for x, y in (train, test))
     return _parts(*train, *test, classes)
 
 
+def _visible(folder: Path) -> list[Path]:
+    """What is in a folder, in order, without what systems leave there unseen."""
+    names = sorted(path.name for path in folder.iterdir())
+    return [folder / name for name in names if not name.startswith(".") and name.lower() not in LEFT_BY_SYSTEMS]
+
+
 def _class_names(folder: Path) -> tuple[str, ...]:
-    names = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    names = [path.name for path in _visible(folder) if path.is_dir()]
     expect(len(names) >= 2, str(folder), "a folder for each of 2 classes or more", f"{len(names)}")
     return tuple(names)
 
@@ -62,9 +74,10 @@ def _read_classes(folder: Path, names: tuple[str, ...], classes: tuple[str, ...]
     """Images [N, H, W] or [N, H, W, 3] and labels of the folders `names`, numbered as in `classes`."""
     images, labels = [], []
     for name in names:
-        files = [path for path in sorted((folder / name).iterdir()) if not path.name.startswith(".")]
+        files = _visible(folder / name)
         expect(len(files) > 0, str(folder / name), "at least one image", "an empty folder")
         for path in files:
+            expect(not path.is_dir(), str(path), "an image file", "a folder")
             images.append(read_image(path, images[0].shape[:2] if images else None))
             labels.append((classes or names).index(name))
     if any(image.ndim == 3 for image in images):
@@ -73,28 +86,56 @@ def _read_classes(folder: Path, names: tuple[str, ...], classes: tuple[str, ...]
 
 
 def read_image(path: Path, shape: tuple[int, int] | None) -> np.ndarray:
-    """uint8 [H, W] or [H, W, 3]. The size is looked at before anything is decoded."""
+    """uint8 [H, W] or [H, W, 3], as it is shown: turned as its EXIF says, what is transparent on white.
+
+    The size is looked at before anything is decoded.
+    """
     from PIL import Image
 
+    wanted = f"{shape} pixels as the images before"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as image:
                 size = image.height, image.width
-                expect(shape in (None, size), str(path), f"{shape} pixels as the images before", size)
+                expect(shape in (None, size, size[::-1]), str(path), wanted, size)  # it may lie on its side
                 expect(image.mode in MODES, str(path), "8 bits per channel", f"mode {image.mode}")
-                return np.asarray(image.convert(MODES[image.mode]))
+                pixels = _upright(np.asarray(_on_white(image).convert(MODES[image.mode])), image)
+                expect(shape in (None, pixels.shape[:2]), str(path), wanted, pixels.shape[:2])
+                return pixels
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise ValueError(f"{path}: expected an image of a plausible size, got a decompression bomb") from None
     except (OSError, SyntaxError, EOFError, zlib.error) as error:
         raise ValueError(f"{path}: expected a whole image file, got a damaged or foreign one ({error})") from None
 
 
+def _on_white(image):
+    """The image itself where nothing in it can be transparent."""
+    from PIL import Image
+
+    if not image.has_transparency_data:  # an alpha channel, or a colour that stands for none
+        return image
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+
+
+def _upright(pixels: np.ndarray, image) -> np.ndarray:
+    """Pixels as `image` stores them, turned and mirrored as it is shown."""
+    try:
+        turn = image.getexif().get(ORIENTATION)  # after decoding, for formats that Pillow turns by itself
+    except Exception:  # damaged EXIF raises whatever its reader stumbles over; such an image is shown as it lies
+        return pixels
+    pixels = pixels.swapaxes(0, 1) if turn in (5, 6, 7, 8) else pixels
+    pixels = pixels[::-1] if turn in (3, 4, 7, 8) else pixels
+    return pixels[:, ::-1] if turn in (2, 3, 6, 7) else pixels
+
+
 def load_arrays(path: Path, table: bool) -> Parts:
     """A .npz file, or a folder of .npy files, with arrays `images`, `features` or `x` and `labels` or `y`, each
-    for both parts as train_... and test_..., or once. `table`: float features [N, F]; else uint8 images.
+    for both parts as train_... and test_..., or for one. `table`: float features [N, F]; else uint8 images.
     """
-    expect(path.exists(), "data_dir", "an .npz file or a folder of .npy files", path, FileNotFoundError)
+    expected = ("a .csv file, " if table else "") + "an .npz file or a folder of .npy files"
+    expect(path.exists(), "data_dir", expected, path, FileNotFoundError)
     arrays = {file.stem: load_npy(file) for file in path.glob("*.npy")} if path.is_dir() else _read_npz(path)
     found = {}
     for part in ("train_", "test_", ""):
@@ -102,12 +143,15 @@ def load_arrays(path: Path, table: bool) -> Parts:
             name = next((part + name for name in names if part + name in arrays), None)
             if name is not None:
                 found[part + kind] = (name, arrays[name])
-    both = all(f"{part}_{kind}" in found for part in ("train", "test") for kind in ("inputs", "labels"))
+    train = "train_" if {"train_inputs", "train_labels"} <= found.keys() else ""
+    both = bool({"test_inputs", "test_labels"} & found.keys())
+    names = (train, "test_") if both else (train,)
+    good = all(part + kind in found for part in names for kind in ("inputs", "labels"))
     wanted = "arrays train_images, train_labels, test_images, test_labels, or images and labels"
     held = ", ".join(sorted(arrays)) or "none"
-    expect(both or {"inputs", "labels"} <= found.keys(), str(path), wanted, held)
+    expect(good, str(path), wanted, held)
     parts = []
-    for part in ("train_", "test_") if both else ("",):
+    for part in names:
         (name, x), (label_name, y) = found[part + "inputs"], found[part + "labels"]
         parts += [_features(x, f"{path}: {name}") if table else _pixels(x, f"{path}: {name}")]
         parts += [_whole(y, len(x), f"{path}: {label_name}")]
@@ -155,19 +199,13 @@ def _whole(y: np.ndarray, count: int, name: str) -> np.ndarray:
 
 def load_csv(path: Path) -> Parts:
     """A table with a line of names first, a column `label` (else the last one) of numbers or names, and numbers."""
-    with open(path, newline="", encoding="utf-8-sig") as file:  # a spreadsheet may have put its mark first
-        try:
-            head, *rows = [row for row in csv.reader(file) if row]
-        except (ValueError, csv.Error) as error:
-            raise ValueError(
-                f"{path}: expected a line of names and rows of numbers, got {reason_of(error)}"
-            ) from None
-    head = [name.strip() for name in head]
-    expect(len(rows) > 0 and len(head) >= 2, str(path), "rows of features and a label", f"{len(rows)} rows")
-    at = head.index("label") if "label" in head else len(head) - 1
+    head, rows = _lines(path)
+    at = _label_column(head, str(path))
+    expect(len(rows) > 0, str(path), "rows of features and a label", "0 rows")
     features = np.empty((len(rows), len(head) - 1), np.float32)
     for i, row in enumerate(rows):
         expect(len(row) == len(head), f"{path}, row {i + 1}", f"{len(head)} values", len(row))
+        expect(row[at].strip() != "", f"{path}, row {i + 1}", f"a label as {head[at]!r:.42}", "an empty cell")
         for j, (column, text) in enumerate((c, v) for k, (c, v) in enumerate(zip(head, row, strict=True)) if k != at):
             try:
                 value = float(text)
@@ -177,11 +215,52 @@ def load_csv(path: Path) -> Parts:
             finite = abs(value) <= LARGEST
             expect(finite, f"{path}, row {i + 1}", f"a finite {column!r:.42} of float32", f"{text!r:.42}")
             features[i, j] = value
-    texts = [row[at].strip() for row in rows]
-    numeric = all(text.isdecimal() and len(text) < 10 for text in texts)
-    classes = _numbered(max(map(int, texts)), len(rows), str(path)) if numeric else tuple(sorted(set(texts)))
-    labels = np.array([int(text) if numeric else classes.index(text) for text in texts], np.int64)
+    labels, classes = _labels_of([row[at].strip() for row in rows], str(path), head[at])
     return _parts(features, labels, None, None, classes)
+
+
+def _lines(path: Path) -> tuple[list[str], list[list[str]]]:
+    """The names in a .csv file's first line, and the rows."""
+    expected = "a line of names and rows of numbers"
+    with open(path, newline="", encoding="utf-8-sig") as file:  # a spreadsheet may have put its mark first
+        try:
+            lines = [row for row in csv.reader(file) if row]
+        except (ValueError, csv.Error) as error:
+            raise ValueError(f"{path}: expected {expected}, got {reason_of(error)}") from None
+    expect(len(lines) > 0, str(path), expected, "an empty file")
+    return [name.strip() for name in lines[0]], lines[1:]
+
+
+def _label_column(head: list[str], path: str) -> int:
+    """Where the label stands. Without one by that name a first line of numbers may be a row, which would be lost."""
+    columns = "comma-separated columns of features and a label"
+    expect(len(head) >= 2, path, columns, f"one column {head[0]!r:.80}")
+    at = [i for i, name in enumerate(head) if name.lower() == "label"]
+    expect(len(at) <= 1, path, "one column label", f"{len(at)} of them")
+    named = bool(at) or any(name and not _is_number(name) for name in head[:-1])
+    expect(named, path, "a first line of names, not of numbers", f"{','.join(head)!r:.80}")
+    return at[0] if at else len(head) - 1
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _labels_of(texts: list[str], path: str, column: str) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Labels and the classes' names. Whole numbers are labels as they are, other texts are names."""
+    if all(text.isdecimal() and len(text) < 10 for text in texts):
+        labels = np.array([int(text) for text in texts], np.int64)
+        return labels, _numbered(int(labels.max()), len(texts), path)
+    classes = tuple(sorted(set(texts)))
+    # With more classes than half the rows one has a single row, so nothing is refused that could be trained on.
+    numbers = 2 * len(classes) > len(texts) and all(map(_is_number, classes))
+    got = f"numbers: {len(classes)} different ones in {len(texts)} rows"
+    expect(not numbers, path, f"classes as {column!r:.42}", got)
+    return np.array([classes.index(text) for text in texts], np.int64), classes
 
 
 def _numbered(largest: int, samples: int, name: str) -> tuple[str, ...]:
@@ -198,7 +277,8 @@ def _parts(x, y, test_x, test_y, classes) -> Parts:
     expect(len(classes) >= 2, "labels", "2 classes or more", len(classes))
     expect(not missing, "labels", "samples of every class", f"none of class {', '.join(missing)[:80]}")
     if test_x is None:
-        expect(int(counts.min()) >= 2, "labels", "2 samples or more of every class", int(counts.min()))
+        few = [name for name, count in zip(classes, counts, strict=True) if count < 2]
+        expect(not few, "labels", "2 samples or more of every class", f"1 of class {', '.join(few)[:80]}")
         rest, held = stratified(y, TEST_SHARE)
         x, y, test_x, test_y = x[rest], y[rest], x[held], y[held]
     order, test_order = (np.random.default_rng(0).permutation(len(labels)) for labels in (y, test_y))
