@@ -83,7 +83,10 @@ def test_cifar_folder_and_archive_are_the_same_set(name, tmp_path):
 
 
 def test_cifar_is_fetched_into_the_cache_by_its_checksum(tmp_path, monkeypatch):
-    with pytest.raises(FileNotFoundError, match=r"cifar-10-python\.tar\.gz: .*pass download=True \(--download\)"):
+    advice = (
+        r"name a folder that holds cifar-10-.* \(--data-dir, --ood-dir\), or fetch it by .*\('cifar10', download=True"
+    )
+    with pytest.raises(FileNotFoundError, match=rf"cifar-10-python\.tar\.gz: expected .*, got none; {advice}"):
         load("cifar10", tmp_path)
     write_tar(cifar_files("cifar10", 2), tmp_path / "cifar-10-python.tar.gz", "cifar-10-batches-py")
     monkeypatch.setenv("FORDE_FAST_CACHE", str(tmp_path / "cache"))
@@ -91,6 +94,20 @@ def test_cifar_is_fetched_into_the_cache_by_its_checksum(tmp_path, monkeypatch):
     monkeypatch.setitem(ARCHIVES, "cifar10", archive)
     with pytest.raises(ValueError, match=f"expected a file with md5 {archive.md5}, got "):
         load("cifar10", download=True)
+    assert not list((tmp_path / "cache").iterdir())
+
+
+def test_a_fetch_that_fails_names_the_set_and_the_address(tmp_path, monkeypatch, capsys):
+    url = "http://127.0.0.1:9/cifar-10-python.tar.gz"  # nobody listens there
+    monkeypatch.setitem(ARCHIVES, "cifar10", cifar.Archive(**{**vars(ARCHIVES["cifar10"]), "url": url}))
+    monkeypatch.setenv("FORDE_FAST_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["train", "--data", "cifar10", "--download", "--out", str(tmp_path / "out")])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert f"cifar10: expected a file from {url}, got [Errno" in error
+    assert "--data-dir takes a folder with the file, fetched by hand" in error
+    assert error.count("\n") == 1
     assert not list((tmp_path / "cache").iterdir())
 
 

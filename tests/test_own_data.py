@@ -211,7 +211,8 @@ def test_a_csv_of_numbers_with_named_classes(tmp_path):
     x, y = table.train_images, table.train_labels
     assert torch.equal(x[:, 0] % 2, y.float())
     assert torch.equal(x[:, 1], x[:, 0] / 2)
-    path.write_text(path.read_text().replace("label", "colour"))
+    assert load("table", path.rename(tmp_path / "t.CSV")).classes == ("a", "b")
+    path.write_text((tmp_path / "t.CSV").read_text().replace("label", "colour"))
     with pytest.raises(ValueError, match=r"t\.csv, row 1: expected a number as 'colour', got 'a'"):
         load("table", path)  # then the last column is the label
 

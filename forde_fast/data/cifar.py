@@ -16,7 +16,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from forde_fast.data.download import cache, download
+from forde_fast.data.download import advice, cache, download
 from forde_fast.validation import expect, reason_of
 
 
@@ -69,7 +69,7 @@ def load_cifar(name: str, folder: Path | None, fetch: bool) -> tuple[list[np.nda
     folder  the extracted folder, one that holds it or the archive, or the archive itself; None: the cache
     """
     archive = ARCHIVES[name]
-    read = _reader(archive, folder, fetch)
+    read = _reader(name, folder, fetch)
     parts = []
     for files in (archive.train, archive.test):
         pairs = [_images_and_labels(file, read(file), archive.labels) for file in files]
@@ -81,8 +81,9 @@ def load_cifar(name: str, folder: Path | None, fetch: bool) -> tuple[list[np.nda
     return parts, tuple(names)
 
 
-def _reader(archive: Archive, folder: Path | None, fetch: bool):
+def _reader(set_name: str, folder: Path | None, fetch: bool):
     """name -> bytes, from the folder or the archive, whichever is there."""
+    archive = ARCHIVES[set_name]
     file = PurePosixPath(archive.url).name
     place = cache() if folder is None else folder
     for path in (place, place / archive.folder):
@@ -90,9 +91,9 @@ def _reader(archive: Archive, folder: Path | None, fetch: bool):
             return lambda name: _read(path / name)
     path = place if place.is_file() else place / file
     if not path.is_file():
-        advice = f"pass download=True (--download), or a folder that holds {archive.folder}/ or {file}"
-        expect(fetch, str(path), "a file that is there", f"none; {advice}", FileNotFoundError)
-        download(archive.url, archive.md5, path)
+        got = f"none; {advice(set_name, f'{archive.folder}/ or {file}')}"
+        expect(fetch, str(path), "a file that is there", got, FileNotFoundError)
+        download(set_name, archive.url, archive.md5, path)
     members = read_tar(path)
     return lambda name: _member(path, members, f"{archive.folder}/{name}")
 

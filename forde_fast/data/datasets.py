@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from forde_fast.data.cifar import ARCHIVES, load_cifar
-from forde_fast.data.download import cache
+from forde_fast.data.download import advice, cache
 from forde_fast.data.download import download as fetch
 from forde_fast.data.own import Parts, load_arrays, load_csv, load_folder
 from forde_fast.data.published import TINY_MEAN, TINY_STD, load_svhn, load_tiny_imagenet
@@ -138,7 +138,7 @@ def load(name: str, folder: str | Path | None = None, download: bool = False) ->
 def _load_own(name: str, path: Path) -> Parts:
     if name == "folder":
         return load_folder(path)
-    if name == "table" and path.suffix == ".csv" and path.is_file():
+    if name == "table" and path.suffix.lower() == ".csv" and path.is_file():
         return load_csv(path)
     return load_arrays(path, table=name == "table")
 
@@ -174,13 +174,11 @@ def _load_fashion_mnist(folder: Path | None, download: bool) -> Images:
         paths = [place / file for place in places for file in (name, name.removesuffix(".gz"))]
         found[name] = next((path for path in paths if path.is_file()), None)
     for name, path in found.items():
-        if path is None and not download:
-            raise FileNotFoundError(
-                f"{places[-1] / name}: no such file; pass download=True, a folder that holds the four files, "
-                "or install Debian's dataset-fashion-mnist"
-            )
         if path is None:
-            found[name] = fetch(FASHION_URL + name, FASHION_MD5[name], places[-1] / name)
+            place = places[-1] / name
+            got = f"none; {advice('fashion-mnist', 'the four files')}, or install Debian's dataset-fashion-mnist"
+            expect(download, str(place), "a file that is there", got, FileNotFoundError)
+            found[name] = fetch("fashion-mnist", FASHION_URL + name, FASHION_MD5[name], place)
 
     train_images, train_labels, test_images, test_labels = (
         read_idx(path, dimensions=3 if "images" in name else 1) for name, path in found.items()

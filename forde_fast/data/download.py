@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import http.client
 import os
+import ssl
 import sys
+import urllib.error
 import urllib.request
 from pathlib import Path
+
+from forde_fast.validation import reason_of
+
+# What goes wrong between here and an address, unlike a full disk.
+UNREACHED = (urllib.error.URLError, http.client.HTTPException, ssl.SSLError, ConnectionError, TimeoutError)
 
 
 def cache() -> Path:
@@ -14,9 +22,16 @@ def cache() -> Path:
     return Path(os.environ.get("FORDE_FAST_CACHE") or Path.home() / ".cache" / "forde_fast")
 
 
-def download(url: str, md5: str, path: Path) -> Path:
-    """Fetch url to path, with progress on a terminal. The file gets its name once its checksum is right; else
-    nothing is left behind. Raises ValueError for another checksum, OSError where it cannot be fetched or written."""
+def advice(name: str, files: str) -> str:
+    """What to do about a set that is not there. Many commands read one, and few have a flag that fetches it."""
+    fetch = f"fetch it by forde_fast.data.load({name!r}, download=True) or by --download where a command has it"
+    return f"name a folder that holds {files} (--data-dir, --ood-dir), or {fetch}"
+
+
+def download(name: str, url: str, md5: str, path: Path) -> Path:
+    """Fetch a file of the set `name` from url to path, with progress on a terminal. The file gets its name once its
+    checksum is right; else nothing is left behind. Raises ValueError for another checksum, OSError where it cannot be
+    fetched or written."""
     path.parent.mkdir(parents=True, exist_ok=True)
     digest = hashlib.md5(usedforsecurity=False)
     partial = path.with_name(f"{path.name}.{os.getpid()}")
@@ -31,6 +46,10 @@ def download(url: str, md5: str, path: Path) -> Path:
         if digest.hexdigest() != md5:
             raise ValueError(f"{url}: expected a file with md5 {md5}, got {digest.hexdigest()}")
         os.replace(partial, path)
+    except UNREACHED as error:
+        reason = reason_of(error.reason if type(error) is urllib.error.URLError else error)
+        got = f"{reason}; --data-dir takes a folder with the file, fetched by hand"
+        raise OSError(f"{name}: expected a file from {url}, got {got}") from None
     finally:
         partial.unlink(missing_ok=True)
     return path
