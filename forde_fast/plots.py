@@ -1,17 +1,20 @@
 """Figures: what an ensemble says of some images, and how its training went. PNG files, no global state."""
 
+import unicodedata
 from collections.abc import Mapping, Sequence
 from os import PathLike
 
 import numpy as np
 import torch
 
+from forde_fast import drawing
 from forde_fast.evaluation import Array, as_labels, as_probs, uncertainty
+from forde_fast.step import MEASURED, Log
 from forde_fast.validation import expect
 
 COLUMNS = 4
 MOST_IMAGES = 64
-LONGEST_NAME = 28  # characters that fit on an image's width
+LONGEST_NAME = 28  # letters that fit on an image's width, wide ones for two
 RIGHT, WRONG, BAR, TRACK = "#1a7f37", "#c62828", "#9db8d2", "#eef1f4"
 
 # key of the log -> title; drawn in this order
@@ -19,11 +22,12 @@ CURVES = {
     "cross_entropy": "cross-entropy, sum of members [nats]",
     "repulsion": "repulsion R",
     "bandwidth_median": "median squared distance",
-    "gradient_cosine": "cosine between members' input gradients",
+    "gradient_cosine": "cosine between members' particles",
     "weight_entropy": "entropy of the repulsion weights p [nats]",
     "kernel_mean": "mean kernel between members",
-    "gradient_ratio": "‖∇ repulsion‖ / ‖∇ cross-entropy‖",
+    "gradient_ratio": "‖w ∇R‖ / ‖∇ cross-entropy‖, where measured",
 }
+DOTS = 60  # points up to which each is marked
 
 
 def predictions(
@@ -39,7 +43,8 @@ def predictions(
     images uint8 [n, H, W] or [n, H, W, C] with C 1 or 3, labels [n], classes K names, probabilities [n, K] or
     [M, n, K]. Each panel has the image's class, the prediction with its probability (green where right, red
     where wrong), the image, the total uncertainty in nats (see `evaluation.uncertainty`) and the three
-    likeliest classes as bars from 0 to 1; with members, a dot for each and the epistemic uncertainty too.
+    likeliest classes as bars from 0 to 1; with members, a dot for each and the epistemic uncertainty too. A class
+    whose name has letters that no installed font has is drawn as "class 3".
 
     Raises TypeError for a wrong type or dtype, ValueError for wrong shapes or values, OSError as open does.
     """
@@ -49,15 +54,17 @@ def predictions(
     members = _member_probs(probabilities, len(pixels), len(classes))
     labels = as_labels(labels, len(pixels), len(classes)).tolist()
     nats = uncertainty(members)
-    names = [str(name) for name in classes]
-    names = [name if len(name) <= LONGEST_NAME else name[: LONGEST_NAME - 1] + "…" for name in names]
+    names = _drawable([str(name) for name in classes])
 
     columns = min(COLUMNS, len(pixels))
     rows = -(-len(pixels) // columns)
-    heading, height = (0.5, 4.0 * rows) if title else (0.01, 4.0 * rows)
+    note = len(members) > 1  # what the dots are
+    heading, height = 0.01 + 0.5 * bool(title) + 0.2 * note, 4.0 * rows
     figure = Figure(figsize=(2.7 * columns, heading + height))
     header, body = figure.subfigures(2, 1, height_ratios=(heading, height))
-    header.text(0.5, 0.5, title, fontsize=13, ha="center", va="center", wrap=True)
+    header.text(0.5, 0.6 if note else 0.5, title, fontsize=13, ha="center", va="center", wrap=True)
+    if note:
+        header.text(0.5, 0.1, "bars: mean over the members; dots: members", fontsize=8, ha="center")
     grid = body.add_gridspec(rows, columns)
     for i, image in enumerate(pixels):
         panel = body.add_subfigure(grid[i])
@@ -66,7 +73,7 @@ def predictions(
             caption += f", epistemic {nats['epistemic'][i]:.2f}"
         _draw_image(panel, image, caption)
         _draw_classes(panel, names, labels[i], members[:, i].double().numpy())
-    figure.savefig(path, format="png", dpi=110)
+    drawing.save(figure, path)
     return figure
 
 
@@ -75,7 +82,7 @@ def training(log: Sequence[Mapping] | Mapping[str, Sequence[Mapping]], path: str
 
     `log` is a list of records as in log.jsonl, each with "step" and any of CURVES' keys, or a dict name ->
     such a list to draw several runs over each other. Quantities that no run has are left out; those that span
-    more than two decades get a logarithmic axis.
+    decades get a logarithmic axis. Numbers that a step did not measure, but has from an earlier one, are no points.
 
     Raises TypeError for another type, ValueError if no record has a step and one of the keys, OSError as open
     does.
@@ -87,20 +94,20 @@ def training(log: Sequence[Mapping] | Mapping[str, Sequence[Mapping]], path: str
         known = isinstance(records, Sequence) and all(isinstance(record, Mapping) for record in records)
         kinds = "a list of dicts, or a dict of such lists"
         expect(known, "log", kinds, type(records).__name__, error=TypeError)
-    curves = {key: {name: _curve(records, key) for name, records in runs.items()} for key in CURVES}
+    curves = {key: {name: curve(records, key) for name, records in runs.items()} for key in CURVES}
     curves = {key: lines for key, lines in curves.items() if any(len(line) for line in lines.values())}
     expect(bool(curves), "log", f"records with step and one of {', '.join(CURVES)}", "none")
 
     columns = min(3, len(curves))
     rows = -(-len(curves) // columns)
-    figure = Figure(figsize=(3.8 * columns, 2.7 * rows + 0.4), layout="constrained")
+    figure = Figure(figsize=(3.8 * columns, 2.7 * rows + 0.15 + 0.25 * -(-len(runs) // 4)), layout="constrained")
     for i, (key, lines) in enumerate(curves.items()):
-        axes = figure.add_subplot(rows, columns, i + 1)
+        axes = figure.add_subplot(rows, columns, i + 1, sharex=figure.axes[0] if i else None)
         _draw_curves(axes, lines)
         axes.set_title(CURVES[key], fontsize=10)
     if len(runs) > 1:
-        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=min(4, len(runs)))
-    figure.savefig(path, format="png", dpi=110)
+        drawing.add_legend(figure, dict(zip(map(str, runs), axes.lines, strict=True)))
+    drawing.save(figure, path)
     return figure
 
 
@@ -155,20 +162,46 @@ def _draw_classes(panel, names: list[str], label: int, members: np.ndarray) -> N
     axes.set_axis_off()
 
 
-def _curve(records: Sequence[Mapping], key: str) -> np.ndarray:
-    """The points [points, 2] of step and value that the records have of `key`."""
-    points = [(r["step"], r[key]) for r in records if r.get("step") is not None and r.get(key) is not None]
+def curve(records: Sequence[Mapping], key: str) -> np.ndarray:
+    """The points [points, 2] of step and value at which `key` was measured.
+
+    The other steps have the last measurement's numbers: all of those of a step without repulsion, MEASURED of most
+    steps with it, too. They are known by the whole group of numbers repeating.
+    """
+    fields = MEASURED if key in MEASURED else [name for name in Log._fields[1:] if name not in MEASURED]
+    points, before = [], None
+    for record in records:
+        if record.get("step") is not None and record.get(key) is not None:
+            group = [record.get(name) for name in fields]
+            if key not in fields or group != before:
+                points.append((record["step"], record[key]))
+            before = group
     return np.array(points, dtype=float).reshape(-1, 2)
 
 
+def _drawable(names: list[str]) -> list[str]:
+    """The names, cut to an image's width; "class 3" for one with letters that no installed font has."""
+    known = drawing.fonts_for("".join(names))
+    names = [name if all(letter in known for letter in name) else f"class {k}" for k, name in enumerate(names)]
+    return [drawing.literal(_cut(name)) for name in names]
+
+
+def _cut(name: str) -> str:
+    """At most LONGEST_NAME wide, letters such as Chinese ones being twice as wide."""
+    ends = np.cumsum([2 if unicodedata.east_asian_width(letter) in "WF" else 1 for letter in name])
+    if not name or ends[-1] <= LONGEST_NAME:
+        return name
+    return name[: int((ends < LONGEST_NAME).sum())] + "…"
+
+
 def _draw_curves(axes, lines: dict[str, np.ndarray]) -> None:
-    for name, line in lines.items():
-        # a single point would be an invisible line
-        axes.plot(line[:, 0], line[:, 1], label=name, linewidth=1.2, marker="o" if len(line) == 1 else None)
-    values = np.concatenate([line[:, 1] for line in lines.values()])
-    values = values[np.isfinite(values)]
-    if len(values) and values.min() > 0 and values.max() > 100 * values.min():
-        axes.set_yscale("log")
+    for number, (name, line) in enumerate(lines.items()):
+        marker = "o" if len(line) <= DOTS else None  # a single point would be an invisible line
+        style = drawing.line_style(number, len(lines))
+        axes.plot(line[:, 0], line[:, 1], label=name, marker=marker, markersize=2.5, **style)
+    points = np.concatenate(list(lines.values()))
+    drawing.set_scale(axes, points[:, 1])
+    drawing.whole_ticks(axes.xaxis, points[:, 0])
     axes.set_xlabel("step", fontsize=9)
     axes.tick_params(labelsize=8)
     axes.grid(alpha=0.3)

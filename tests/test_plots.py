@@ -1,10 +1,19 @@
+import warnings
+
 import numpy as np
 import pytest
 import torch
+from fontTools.fontBuilder import FontBuilder
+from fontTools.pens.ttGlyphPen import TTGlyphPen
+from matplotlib import font_manager
+from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
 
-from forde_fast import plots
+from forde_fast import drawing, plots
+from forde_fast.ensemble import Ensemble
+from forde_fast.models import mlp
+from forde_fast.trainer import RATIO_EVERY, Trainer
 
 CLASSES = ["T-shirt/top", "Trouser", "Pullover", "a name that is far too long to be drawn in full"]
 
@@ -33,7 +42,7 @@ def test_predictions(tmp_path, n, members, channels):
     with Image.open(path) as picture:
         assert picture.format == "PNG"
         assert picture.width == 297 * min(n, 4)
-        assert picture.height == pytest.approx(440 * -(-n // 4) + 55, abs=2)
+        assert picture.height == pytest.approx(440 * -(-n // 4) + 56 + 22 * ((members or 1) > 1), abs=2)
         assert picture.convert("L").getextrema() == (0, 255)
 
 
@@ -54,15 +63,73 @@ def test_nothing_is_cut_off_or_overlaps(tmp_path):
     images, labels, probs = example(5, 3)
     predictions = plots.predictions(images, labels, probs, CLASSES, tmp_path / "a.png", title="five images")
     training = plots.training({"de": records(20), "forde": records(20)}, tmp_path / "b.png")
-    panels = [*training.axes, *training.legends]
-    panels = [(panel, panel.get_tightbbox().extents) for panel in panels]
-    for figure, boxes in ((predictions, texts(predictions)), (training, panels)):
+    names = {f"a run with a long name, number {i}": records(20, ["cross_entropy"]) for i in range(13)}
+    narrow = plots.training(names, tmp_path / "c.png")
+    narrow.draw_without_rendering()  # what is measured below has another resolution than the file
+    panels = {figure: [*figure.axes, *figure.legends] for figure in (training, narrow)}
+    placed = {figure: [(one, one.get_tightbbox().extents) for one in own] for figure, own in panels.items()}
+    for figure, boxes in {predictions: texts(predictions), **placed}.items():
         for i, (name, box) in enumerate(boxes):
             assert (box[:2] >= -1).all(), name
             assert (box[2:] <= figure.bbox.size + 1).all(), name
             for other, beside in boxes[:i]:
                 apart = (box[:2] >= beside[2:] - 1).any() or (beside[:2] >= box[2:] - 1).any()
                 assert apart, (name, other)
+
+
+@pytest.fixture
+def cats(tmp_path, monkeypatch):
+    """An installed font that has 猫 and nothing else."""
+    pen = TTGlyphPen(None)
+    pen.moveTo((0, 0))
+    pen.lineTo((500, 700))
+    pen.lineTo((900, 0))
+    pen.closePath()
+    font = FontBuilder(1000, isTTF=True)
+    font.setupGlyphOrder([".notdef", "cat"])
+    font.setupCharacterMap({ord("猫"): "cat"})
+    font.setupGlyf({".notdef": TTGlyphPen(None).glyph(), "cat": pen.glyph()})
+    font.setupHorizontalMetrics({".notdef": (1000, 0), "cat": (1000, 0)})
+    font.setupHorizontalHeader(ascent=800, descent=-200)
+    font.setupNameTable({"familyName": "Cats", "styleName": "Regular"})
+    font.setupOS2(usWeightClass=400)
+    font.setupPost()
+    font.save(tmp_path / "cats.ttf")
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", list(font_manager.fontManager.ttflist))
+    font_manager.fontManager.addfont(tmp_path / "cats.ttf")
+    return "Cats"
+
+
+NAMES = ["猫", "\u4e9c is in no font here", "$x", "a\nb"]
+
+
+def test_names_are_drawn_in_any_script(tmp_path, cats):
+    images, _, probs = example(4, 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # matplotlib's of a missing glyph
+        figure = plots.predictions(images, torch.arange(4), probs, NAMES, tmp_path / "a.png")
+        log = {name: records(9, ["cross_entropy"]) for name in NAMES}
+        legend = plots.training(log, tmp_path / "b.png").legends[0]
+    said = {text.get_text(): text for text in figure.findobj(Text)}
+    assert {"true: 猫", "true: class 1", "true: \\$x", "true: class 3"} <= set(said)
+    assert said["true: 猫"].get_fontfamily()[-1] == cats
+    assert [text.get_text() for text in legend.get_texts()] == ["猫", "\\u4e9c is in no font here", "\\$x", "a\\nb"]
+
+
+def test_names_without_an_installed_font_are_numbers(tmp_path):
+    images, _, probs = example(4)
+    names = ["\U0010fffd", "Trouser", "\ue000", "x"]  # of private use
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        figure = plots.predictions(images, torch.arange(4), probs, names, tmp_path / "a.png")
+    assert {"true: class 0", "true: Trouser"} <= {text for text, _ in texts(figure)}
+
+
+def test_wide_letters_are_cut_to_the_same_width():
+    assert plots._cut("a" * 28) == "a" * 28
+    assert plots._cut("a" * 29) == "a" * 27 + "…"
+    assert plots._cut("猫" * 14) == "猫" * 14
+    assert plots._cut("猫" * 15) == "猫" * 13 + "…"
 
 
 def test_arrays_and_few_classes(tmp_path):
@@ -128,6 +195,60 @@ def test_training_draws_methods_over_each_other(tmp_path):
         de, forde = axes.lines
         assert de.get_color() != forde.get_color()
         assert forde.get_color() == figure.axes[0].lines[1].get_color()
+
+
+def drawn_ticks(axis):
+    low, high = sorted(axis.get_view_interval())
+    return [label.get_text() for tick, label in zip(axis.get_ticklocs(), axis.get_ticklabels(), strict=True)
+            if low <= tick <= high]  # fmt: skip
+
+
+@pytest.mark.parametrize("steps", [1, 4, 7, 105, 2000])
+def test_steps_have_whole_ticks(tmp_path, steps):
+    log = [{"step": i + 1, "cross_entropy": 2.0 - i / steps} for i in range(steps)]
+    figure = plots.training(log, tmp_path / "a.png")
+    ticks = drawn_ticks(figure.axes[0].xaxis)
+    assert 1 <= len(ticks) <= 8
+    assert all(tick.isdigit() for tick in ticks)
+
+
+def test_what_hardly_moves_is_drawn_flat_and_without_an_offset(tmp_path):
+    log = [{"step": i, "weight_entropy": 5.35243268 + 1e-9 * (-1) ** i, "repulsion": 5 + 0.01 * i} for i in range(9)]
+    figure = plots.training(log, tmp_path / "a.png")
+    for axes in figure.axes:
+        assert axes.yaxis.get_offset_text().get_text() == ""
+        assert all(len(tick) <= 5 for tick in drawn_ticks(axes.yaxis))
+    repulsion, entropy = (axes.get_ylim() for axes in figure.axes)
+    assert np.ptp(entropy) > 0.1
+    assert np.ptp(repulsion) < 0.1
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_only_what_was_measured_is_a_point(tmp_path, every):
+    """The trainer's log has the last measurement's numbers in between."""
+    x, y = torch.randn(16, 1, 2, 3), torch.randint(3, (16,))
+    trainer = Trainer(Ensemble(lambda: mlp(3, (1, 2, 3), hidden=(4,)), members=2), repulsion_every=every)
+    log = []
+    for _ in range(2 * every * RATIO_EVERY + 2):
+        seen = trainer.step(x, y)
+        log.append({"step": trainer.steps, **{name: float(value) for name, value in seen._asdict().items()}})
+    count = {"cross_entropy": 1, "bandwidth_median": every, "gradient_ratio": every * RATIO_EVERY}
+    figure = plots.training(log, tmp_path / "a.png")
+    drawn = {axes.get_title(): axes.lines[0].get_xdata().tolist() for axes in figure.axes}
+    for key, gap in count.items():
+        assert drawn[plots.CURVES[key]] == list(range(1, len(log) + 1, gap))
+
+
+def test_lines_are_told_apart():
+    styles = [drawing.line_style(number, 30) for number in range(30)]
+    assert len({(style["color"], style["linestyle"]) for style in styles}) == 30
+    assert styles[0]["linewidth"] > styles[1]["linewidth"] > styles[29]["linewidth"] > 1
+
+
+def test_a_cosine_that_begins_near_zero_is_not_drawn_over_decades():
+    axes = Figure().add_subplot()
+    drawing.set_scale(axes, np.r_[0.002, np.linspace(0.1, 0.3, 50)])
+    assert axes.get_yscale() == "linear"
 
 
 def test_decades_get_a_logarithmic_axis(tmp_path):
