@@ -3,9 +3,15 @@
 Run: pip install wandb; WANDB_MODE=offline python examples/watch_wandb.py
 """
 
-import wandb
+import sys
 
 import forde_fast as ff
+
+try:
+    import wandb
+except ImportError:
+    print("wandb: expected the package, from pip install wandb, got none installed", file=sys.stderr)
+    sys.exit(2)
 
 
 def main():

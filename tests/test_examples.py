@@ -63,6 +63,14 @@ def test_wandb_is_given_steps_and_epochs(monkeypatch):
     assert [numbers["epoch"] for _, numbers in logged if "epoch" in numbers] == [0, 1, 2]
 
 
+def test_wandb_that_is_not_installed_is_named(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(SystemExit) as stop:
+        main_of("watch_wandb")
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == "wandb: expected the package, from pip install wandb, got none installed\n"
+
+
 def test_every_example_is_run():
     run = {"own_images", "own_network", "frozen_features", "functional_core", "regression_1d", "with_torchmetrics"}
     assert {path.stem for path in FOLDER.glob("*.py")} == run | {"watch_tensorboard", "watch_wandb"}
