@@ -235,7 +235,28 @@ def test_small_differences_show_in_pairs(offset, verdict):
 
 
 def test_one_seed_says_nothing():
-    assert "one seed says nothing" in summary.as_markdown(rows(seeds=1), "a table")
+    text = summary.as_markdown(rows(seeds=1), "a table")
+    assert "one seed says nothing" in text
+    assert "From one seed" in text
+    assert not any(word in text for word in ("±", "inf", "1 seeds", "1 differences"))
+
+
+def test_rows_of_few_and_of_many_seeds():
+    own = rows(seeds=3)
+    assert "over 3 seeds" in summary.plain(own, "a table")
+    own["de"]["metrics"] = own["de"]["metrics"][:1]
+    text = summary.plain(own, "a table")
+    assert "Means ± standard deviations over 1 to 3 seeds." in text
+    lines = {line.split(" | ")[0]: line for line in text.split("## Settings")[0].splitlines()}
+    assert "±" in lines["| forde-pca"]
+    assert "±" not in lines["| de"]
+
+
+@pytest.mark.parametrize(
+    ("number", "text"), [(-0.004, "0.00"), (0.0, "0.00"), (-0.0, "0.00"), (0.006, "+0.01"), (-3.0, "-3.00")]
+)
+def test_zero_has_no_sign(number, text):
+    assert summary.signed(number, 2) == text
 
 
 # ---------------------------------------------------------------- the command

@@ -24,6 +24,7 @@ TUNING = (
     "candidates; at w = 0 every method is the deep ensemble. The rows -published were not tuned."
 )
 PLUS_MINUS = " ± "
+ONE = "one seed, which says nothing of how runs scatter"
 
 
 class Claim(NamedTuple):
@@ -89,18 +90,23 @@ def groups_of(rows: dict) -> list[str]:
     return [group for group in GROUPS if all(group in metrics for row in rows.values() for metrics in row["metrics"])]
 
 
+def signed(number: float, digits: int) -> str:
+    """With its sign, which what rounds to 0 has none of."""
+    text = f"{number:+.{digits}f}"
+    return text if float(text) else text[1:]
+
+
 def as_markdown(rows: dict, title: str) -> str:
     """The table, what was chosen, the differences to the tuned deep ensemble, and the paper's orderings."""
     expect("de" in rows, "rows", "one of a deep ensemble", list(rows))
     seeds = len(rows["de"]["metrics"])
-    parts = [f"# {title}", _scores(rows, seeds), _settings(rows), _differences(rows, seeds), _claims(rows)]
+    parts = [f"# {title}", _scores(rows), _settings(rows), _differences(rows, seeds), _claims(rows)]
     return "\n\n".join(parts) + "\n"
 
 
 def plain(rows: dict, title: str) -> str:
     """The table and the settings of rows that cannot be compared seed by seed."""
-    counts = sorted({len(row["metrics"]) for row in rows.values()})
-    return "\n\n".join([f"# {title}", _scores(rows, counts[0]), _settings(rows)])
+    return "\n\n".join([f"# {title}", _scores(rows), _settings(rows)])
 
 
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -108,28 +114,34 @@ def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
 
-def _scores(rows: dict, seeds: int) -> str:
+def _scores(rows: dict) -> str:
     groups = groups_of(rows)
     head = ["method", "NLL", "A", "ECE"]
     head += [" / ".join(GROUPS[g] + METRICS[m][0] for m in ("accuracy", "nll", "ece")) for g in groups[1:]]
     lines = []
     for row in rows:
-        cells = [_mean(rows, row, "clean", metric, seeds > 1) for metric in METRICS]
-        cells += [
-            " / ".join(_mean(rows, row, g, metric, seeds > 1) for metric in ("accuracy", "nll", "ece"))
-            for g in groups[1:]
-        ]
+        cells = [_mean(rows, row, "clean", metric) for metric in METRICS]
+        cells += [" / ".join(_mean(rows, row, g, m) for m in ("accuracy", "nll", "ece")) for g in groups[1:]]
         lines.append([row, *cells])
     legend = "; ".join(LEGEND[group] for group in groups)
-    text = f"Means{PLUS_MINUS}standard deviations over {seeds} seeds. Accuracy in %, NLL in nats, {legend}."
+    text = f"{_origin(rows)} Accuracy in %, NLL in nats, {legend}."
     return f"{text}\n\n{markdown_table(head, lines)}"
 
 
-def _mean(rows: dict, row: str, group: str, metric: str, deviation: bool) -> str:
+def _origin(rows: dict) -> str:
+    """Of how many seeds each row's numbers are."""
+    counts = sorted({len(own["metrics"]) for own in rows.values()})
+    if counts == [1]:
+        return f"From {ONE}."
+    seeds = " to ".join(str(count) for count in dict.fromkeys((counts[0], counts[-1])))
+    return f"Means{PLUS_MINUS}standard deviations over {seeds} seeds."
+
+
+def _mean(rows: dict, row: str, group: str, metric: str) -> str:
     _, factor, digits = METRICS[metric]
     values = [factor * value for value in scores(rows, row, group, metric)]
     text = f"{statistics.fmean(values):.{digits}f}"
-    return text + (f"{PLUS_MINUS}{statistics.stdev(values):.{digits}f}" if deviation else "")
+    return text + (f"{PLUS_MINUS}{statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
 
 
 def _settings(rows: dict) -> str:
@@ -162,16 +174,18 @@ def _differences(rows: dict, seeds: int) -> str:
         if row != "de":
             lines.append([row, *(_shown(difference(rows, row, "de", *column), column[1]) for column in columns)])
     text = (
-        f"## Differences to the deep ensemble\n\nPaired by seed: the same first members and batches; "
         f"mean{PLUS_MINUS}95 % interval of {seeds} differences, bold where it does not hold 0 (no correction for the "
-        f"number of comparisons)."
+        f"number of comparisons)"
     )
-    return f"{text}\n\n{markdown_table(head, lines)}"
+    text = f"Paired by seed: the same first members and batches; {text if seeds > 1 else f'from {ONE}'}."
+    return f"## Differences to the deep ensemble\n\n{text}\n\n{markdown_table(head, lines)}"
 
 
 def _shown(found: Interval, metric: str) -> str:
     _, factor, digits = METRICS[metric]
-    text = f"{factor * found.mean:+.{digits + 1}f}{PLUS_MINUS}{factor * found.half:.{digits + 1}f}"
+    text = signed(factor * found.mean, digits + 1)
+    if math.isfinite(found.half):
+        text += f"{PLUS_MINUS}{factor * found.half:.{digits + 1}f}"
     return f"**{text}**" if found.sign else text
 
 
