@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from forde_fast import cli
 from forde_fast.ensemble import Ensemble
 from forde_fast.evaluation import score
-from forde_fast.experiments import pictures, registry, sweeps
+from forde_fast.experiments import figures, pictures, registry, report, sweeps
 from forde_fast.experiments.lab import SETTINGS, Lab, Setting
 from forde_fast.experiments.registry import EXPERIMENTS
 from forde_fast.experiments.report import as_html, reliability_bins
@@ -164,6 +164,8 @@ def test_report_of_runs(tmp_path, capsys):
     page, text = (out / "index.html").read_text(), (out / "report.md").read_text()
     assert text.index("| de |") < text.index("| forde-pca |")
     assert "one seed says nothing" in text
+    assert "All runs: data digits, train size 256, test size 60, model mlp, width 8, members 2, epochs 1," in text
+    assert "-0.00 |" not in text
     for name in ("severity.png", "reliability.png", "training.png", "cost.png"):
         assert is_picture(out / name)
         assert f"]({name})" in text
@@ -174,6 +176,68 @@ def test_report_of_runs(tmp_path, capsys):
         cli.main(["report", str(tmp_path / "nothing")])
     assert stop.value.code == 2
     assert "run: expected a folder with finished runs" in capsys.readouterr().err
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that were saved."""
+    kept, save = [], figures.save
+    monkeypatch.setattr(figures, "save", lambda figure, path: (kept.append(figure), save(figure, path)))
+    return kept
+
+
+def test_values_are_points_with_their_intervals_named(tmp_path, drawn):
+    rows = {"de": (0.98, 0.05), "猫 $x, and of many letters": (1.0, 0.0)}
+    figures.bars(
+        {
+            "a": rows,
+            "of two members [% of all test images]": {name: (mean, np.inf) for name, (mean, _) in rows.items()},
+        },
+        tmp_path / "a.png",
+    )
+    figures.bars({"one seed": {"de": (0.98, np.nan)}}, tmp_path / "b.png")
+    several, one = drawn
+    for axes in (*several.axes, *one.axes):
+        assert not axes.patches  # a bar that begins elsewhere than at 0 says nothing
+        low, high = axes.title.get_window_extent().extents[[0, 2]]
+        assert 0 <= low < high <= axes.figure.bbox.width
+    assert several.axes[0].lines[0].get_xdata().tolist() == [0.98, 1.0]
+    assert [text.get_text() for text in several.legends[0].get_texts()] == [figures.INTERVALS]
+    assert not one.legends
+
+
+def test_curves_have_whole_ticks_one_range_and_their_intervals_named(tmp_path, drawn):
+    steps, values = np.arange(1, 8), np.linspace(1, 2, 7)
+    panels = {"all": {"de": (steps, values)}, "few": {"de": (steps[:1], values[:1])}}
+    figures.curves(panels, tmp_path / "a.png", "step")
+    figures.curves({"a": {"de": (steps, values, np.full(7, 0.1))}}, tmp_path / "b.png", "step")
+    figures.curves({"a": {"de": ([0.0, 0.4], [1, 2])}}, tmp_path / "c.png", "alpha")
+    plain, intervals, shares = drawn
+    assert all((axes.get_xticks() == np.round(axes.get_xticks())).all() for axes in plain.axes)
+    assert plain.axes[0].get_xlim() == plain.axes[1].get_xlim()
+    assert plain.legends[0].get_title().get_text() == ""
+    assert " ".join(intervals.legends[0].get_title().get_text().split()) == figures.INTERVALS
+    assert np.diff(shares.axes[0].get_xticks()).max() < 0.4
+
+
+def test_gains_by_severity_are_paired_by_seed(tmp_path, monkeypatch):
+    def found(row, seed, accuracy):
+        scores = {str(severity): {"accuracy": accuracy - severity / 100} for severity in range(1, 6)}
+        metrics = {"clean": {"accuracy": accuracy}, "corrupted": {"by_corruption": {"fog": scores}}}
+        return report.Found(row, tmp_path, {"method": row, "seed": seed}, metrics)
+
+    drawn = []
+    monkeypatch.setattr(figures, "curves", lambda panels, *others: drawn.append(panels))
+    runs = [found("de", 0, 0.6), found("de", 1, 0.9), found("forde-pca", 1, 0.91), found("forde-pca", 0, 0.62)]
+    assert report._severity(runs, tmp_path / "a.png") == ""
+    accuracy, gain = drawn[0].values()
+    assert accuracy["de"][1] == pytest.approx([75, 74, 73, 72, 71, 70])
+    severities, means, halves = gain["forde-pca"]
+    assert list(severities) == list(range(6))
+    assert means == pytest.approx([1.5] * 6)
+    assert halves == pytest.approx([0.5 * 12.706] * 6, rel=1e-4)  # seeds differ by 30 points, gains by 1
+    report._severity(runs[:3], tmp_path / "a.png")
+    assert not np.isfinite(list(drawn[1].values())[1]["forde-pca"][2]).any()
 
 
 def test_pages_escape_what_they_show(tmp_path):

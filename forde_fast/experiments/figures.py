@@ -7,52 +7,70 @@ from pathlib import Path
 
 import numpy as np
 
+from forde_fast import drawing
+
 COLUMNS = 3
-STYLES = ("-", "--", ":", "-.")  # after ten colours the same ones come again, broken
+DOTS = 20  # points up to which each is marked
+INTERVALS = "means over seeds with their 95 % intervals (Student's t, which has no bounds)"
 
 
 def curves(panels: Mapping[str, Mapping[str, tuple]], path: str | Path, xlabel: str, xticks: Sequence | None = None):
-    """Lines: {title: {label: (x, y) or (x, y, half height of its error bars)}}, one legend for all panels."""
-    figure, grid = grid_of(len(panels), 3.8, 3.0, len({label for lines in panels.values() for label in lines}))
+    """Lines: {title: {label: (x, y) or (x, y, half height of its 95 % intervals)}}, one legend for all panels."""
     handles, order = {}, list(dict.fromkeys(label for lines in panels.values() for label in lines))
+    figure, grid = grid_of(len(panels), 3.8, 3.0, len(order))
+    intervals = False
     for axes, (title, lines) in zip(grid, panels.items(), strict=False):
+        if axes is not grid[0]:
+            axes.sharex(grid[0])  # one measured at few steps has the others' range
+        drawn = []
         for label, (x, y, *error) in lines.items():
             number = order.index(label)  # the same colour in every panel
-            style = {"color": f"C{number % 10}", "linestyle": STYLES[number // 10 % len(STYLES)], "linewidth": 1.3}
-            marker = "o" if len(x) < 15 else None
             bars = error[0] if error and np.isfinite(error[0]).all() else None
-            if bars is not None and len(x) > 1:  # side by side
-                x = np.asarray(x) + 0.06 * np.diff(x).min() * (number - (len(order) - 1) / 2)
-            style |= {"marker": marker, "markersize": 3, "capsize": 2, "elinewidth": 0.8}
-            handles[label] = axes.errorbar(x, y, bars, **style)
-        values = np.concatenate([np.asarray(line[1], dtype=float) for line in lines.values()])
-        if values.min() > 0 and values.max() > 30 * values.min():
-            axes.set_yscale("log")
+            beside = x
+            if bars is not None and len(x) > 1:
+                beside = np.asarray(x) + 0.06 * np.diff(x).min() * (number - (len(order) - 1) / 2)
+            style = drawing.line_style(number, len(order)) | {"capsize": 2, "elinewidth": 0.8}
+            marker = "o" if len(x) <= DOTS else None
+            handles[label] = axes.errorbar(beside, y, bars, marker=marker, markersize=3, **style)
+            half = _finite(0.0 if bars is None else bars)
+            drawn += [np.asarray(y) - half, np.asarray(y) + half]
+            intervals |= bool(half.any())
+        drawing.set_scale(axes, np.concatenate(drawn))
+        drawing.whole_ticks(axes.xaxis, [number for line in lines.values() for number in line[0]])
         axes.set_title(title, fontsize=10)
         axes.set_xlabel(xlabel, fontsize=9)
         if xticks is not None:
             axes.set_xticks(list(xticks))
-    _finish(figure, handles, path)
+    drawing.add_legend(figure, handles, INTERVALS if intervals else None)
+    save(figure, path)
 
 
 def bars(panels: Mapping[str, Mapping[str, tuple]], path: str | Path):
-    """Horizontal bars: {title: {label: (value, half width of its error bar, none if not finite)}}."""
+    """A row each, a point with its bar: {title: {label: (mean, half width of its 95 % interval, or not finite)}}.
+
+    Points, since values that are alike could not be told apart from 0 on, and bars from elsewhere mislead.
+    """
     most = max(map(len, panels.values()))
-    figure, grid = grid_of(len(panels), 4.2, 0.9 + 0.28 * most, 0)
+    intervals = any(np.isfinite(half) for own in panels.values() for _, half in own.values())
+    longest = max(len(label) for own in panels.values() for label in own)
+    figure, grid = grid_of(len(panels), 3.6 + 0.07 * longest, 0.9 + 0.28 * most, int(intervals))
     for axes, (title, own) in zip(grid, panels.items(), strict=False):
         labels, place = list(own), np.arange(len(own))
         values, errors = (np.array([pair[i] for pair in own.values()], dtype=float) for i in (0, 1))
-        axes.barh(place, values, 0.7, xerr=_finite(errors), color="#9db8d2", error_kw={"elinewidth": 0.9})
-        axes.set_yticks(place, labels)
+        style = {"color": drawing.COLOURS[0], "markersize": 4.5, "elinewidth": 1.2, "capsize": 2}
+        points = axes.errorbar(values, place, xerr=_finite(errors), fmt="o", **style)
+        axes.set_yticks(place, [drawing.literal(label) for label in labels])
         axes.set_ylim(len(labels) - 0.4, -0.6)
-        low, high = (values - _finite(errors)).min(), (values + _finite(errors)).max()
-        if low > 0 and high < 2 * low:  # alike: from 0 on nothing could be told apart
-            axes.set_xlim(low - 0.5 * (high - low or 0.1 * low), high + 0.2 * (high - low or 0.1 * low))
+        axes.margins(x=0.1)
+        axes.locator_params(axis="x", nbins=5)  # for labels such as 0.0025
+        axes.ticklabel_format(axis="x", useOffset=False)
         axes.set_title(title, fontsize=10)
-    _finish(figure, {}, path)
+    if intervals:
+        drawing.add_legend(figure, {INTERVALS: points})
+    save(figure, path)
 
 
-def _finite(errors: np.ndarray) -> np.ndarray:
+def _finite(errors: np.ndarray | float) -> np.ndarray:
     return np.where(np.isfinite(errors), errors, 0.0)
 
 
@@ -60,15 +78,18 @@ def reliability(bins: Mapping[str, tuple], path: str | Path):
     """{label: (confidence [bins], accuracy [bins], share of samples [bins])}, a panel each; empty bins are NaN."""
     figure, grid = grid_of(len(bins), 2.9, 3.0, 0)
     for axes, (label, (confidence, accuracy, share)) in zip(grid, bins.items(), strict=False):
-        axes.plot([0, 1], [0, 1], color="grey", linewidth=0.8)
+        axes.plot([0, 1], [0, 1], color="grey", linewidth=0.8, label="accuracy = confidence")
         width = 1 / len(confidence)
         middles = (np.arange(len(confidence)) + 0.5) * width
-        axes.bar(middles, np.asarray(share) / np.nanmax(share), width, color="#e3e8ee", label="share (largest = 1)")
-        axes.plot(confidence, accuracy, "o-", markersize=3.5, linewidth=1.2, label="accuracy")
+        height = np.asarray(share) / np.nanmax(share)
+        axes.bar(middles, height, width, color="#e3e8ee", label="share of images (largest = 1)")
+        style = {"color": drawing.COLOURS[0], "markersize": 3.5, "linewidth": 1.2, "clip_on": False}
+        axes.plot(confidence, accuracy, "o-", label="accuracy", **style)
         axes.set(xlim=(0, 1), ylim=(0, 1.02))
-        axes.set_title(label, fontsize=10)
+        axes.set_title(drawing.literal(label), fontsize=10)
         axes.set_xlabel("confidence", fontsize=9)
-    _finish(figure, dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True)), path)
+    drawing.add_legend(figure, dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True)))
+    save(figure, path)
 
 
 def maps(rows: Mapping[str, Sequence[np.ndarray]], titles: Sequence[str], path: str | Path):
@@ -101,17 +122,11 @@ def grid_of(panels: int, width: float, height: float, labels: int):
     for axes in grid[:panels]:
         axes.tick_params(labelsize=8)
         axes.grid(alpha=0.3)
+        axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
     return figure, grid
 
 
-def _finish(figure, handles: Mapping, path: str | Path) -> None:
-    if handles:
-        figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=min(4, len(handles)),
-                      fontsize=9)  # fmt: skip
-    save(figure, path)
-
-
 def save(figure, path: str | Path) -> None:
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="png", dpi=110)
+    drawing.save(figure, path)

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from forde_fast import config as configuration
+from forde_fast import plots
 from forde_fast.config import FIELDS
 from forde_fast.data import Images, load
 from forde_fast.doctor import read_log
@@ -26,15 +27,22 @@ from forde_fast.validation import expect
 
 POINTS = 60  # of a trace
 FEW = 10  # samples of which no accuracy is drawn
-TRACES = {
-    "bandwidth_median": "median squared distance",
-    "gradient_cosine": "cosine between members' particles",
-    "cross_entropy": "cross-entropy, sum of members",
-    "gradient_ratio": "‖∇ repulsion‖ / ‖∇ cross-entropy‖",
+TRACES = ("cross_entropy", "bandwidth_median", "gradient_cosine", "gradient_ratio")
+ALIKE = ("data", "train_size", "test_size", "model", "width", "members", "epochs", "lr", "batch_size", "augment")
+CAPTIONS = {  # of the figures, by their files
+    "severity.png": "Means over corruptions and seeds; severity 0 is the clean images. Beside them what is gained "
+    "over the deep ensemble, paired by seed where the seeds are the same.",
+    "reliability.png": "Clean test images of all seeds together, in bins by confidence, with the accuracy where a "
+    f"bin has {FEW} images or more: above the diagonal the ensemble is right more often than it says.",
+    "training.png": "Means over seeds, on the batches of training. R is the repulsion and w its weight; their "
+    "gradient is measured in one of ten steps with repulsion.",
+    "cost.png": "Diversity of the trained members on clean test images, and the speed of training. Of several seeds, "
+    "the first table has the deviation of single runs, and the figures intervals of means.",
 }
 STYLE = """body{font:15px/1.5 sans-serif;max-width:70em;margin:2em auto;padding:0 1em}
 table{border-collapse:collapse;margin:1em 0;font-size:13px}td,th{padding:.25em .7em;border-bottom:1px solid #ddd;
-text-align:right;white-space:nowrap}td:first-child,th:first-child{text-align:left}img{max-width:100%}"""
+text-align:right;white-space:nowrap}td:first-child,th:first-child{text-align:left}img{max-width:100%}
+table{display:block;overflow-x:auto}"""  # a wide table is moved, not the page
 
 
 class Found(NamedTuple):
@@ -55,16 +63,17 @@ def report(folders: Sequence[str | Path], out: str | Path, data_dir: str | None 
     runs = [found for folder in folders for found in collect(Path(folder))]
     out = make_folder(out)
     rows = as_rows(runs)
-    parts = [summary.as_markdown(rows, "Report") if _comparable(rows) else summary.plain(rows, "Report")]
+    title = f"Report\n\n{_settings(runs)}"
+    parts = [(summary.as_markdown(rows, title) if _comparable(rows) else summary.plain(rows, title)).rstrip()]
     pictures = {
         "Accuracy against severity": ("severity.png", lambda path: _severity(runs, path)),
         "Reliability": ("reliability.png", lambda path: _reliability(runs, path, data_dir)),
-        "Training: bandwidth, diversity": ("training.png", lambda path: _traces(runs, path)),
+        "Training": ("training.png", lambda path: _traces(runs, path)),
         "Diversity and throughput": ("cost.png", lambda path: _cost(runs, path)),
     }
     for title, (name, draw) in pictures.items():
         note = draw(out / name)
-        parts.append(f"## {title}\n\n" + (note or f"![{title}]({name})"))
+        parts.append(f"## {title}\n\n" + (note or f"{CAPTIONS[name]}\n\n![{title}]({name})"))
     text = "\n\n".join(parts) + "\n"
     write(out / "report.md", text.encode())
     write(out / "index.html", as_html(text, out).encode())
@@ -104,15 +113,24 @@ def as_rows(runs: Sequence[Found]) -> dict:
     return {row: rows[row] for row in sorted(rows, key=place)}
 
 
+def _settings(runs: Sequence[Found]) -> str:
+    """How the runs were trained, so far as they agree."""
+    values = {name: {run.config.get(name, FIELDS[name].default) for run in runs} for name in ALIKE}
+    shared = [f"{name.replace('_', ' ')} {own}" for name, (own, *others) in values.items() if not others and own]
+    differing = [name.replace("_", " ") for name, own in values.items() if len(own) > 1]
+    text = f"All runs: {', '.join(shared)}."
+    return text + (f" They differ in {', '.join(differing)}." if differing else "")
+
+
 def _comparable(rows: dict) -> bool:
     """Whether there is a deep ensemble, and the same seeds in every row."""
     return "de" in rows and len({tuple(row["seeds"]) for row in rows.values()}) == 1
 
 
 def _by_row(runs: Sequence[Found]) -> dict[str, list[Found]]:
-    """In the order of the table."""
+    """In the order of the table, runs in that of their seeds."""
     rows: dict[str, list[Found]] = {row: [] for row in as_rows(runs)}
-    for run in runs:
+    for run in sorted(runs, key=lambda run: run.config.get("seed", 0)):
         rows[run.row].append(run)
     return rows
 
@@ -120,28 +138,38 @@ def _by_row(runs: Sequence[Found]) -> dict[str, list[Found]]:
 def _severity(runs: Sequence[Found], path: Path) -> str:
     """Mean over corruptions and seeds, the clean images as severity 0; beside it what is gained over "de"."""
     panels: dict[str, dict] = {}
+    seeds = {row: own["seeds"] for row, own in as_rows(runs).items()}
     for group, title in (("corrupted", "CIFAR-10-C's severities"), ("corrupted_grey", "preset for grey images")):
-        means = {
-            row: np.array([_at_severity(own, group, severity) for severity in range(6)])
+        found = {
+            row: np.array([[_at_severity(run, group, severity) for severity in range(6)] for run in own])
             for row, own in _by_row(runs).items()
             if all("by_corruption" in run.metrics.get(group, {}) for run in own)
         }
-        if means:
-            panels[f"accuracy, {title}"] = {row: (range(6), values) for row, values in means.items()}
-        if "de" in means and len(means) > 1:
-            gains = {row: (range(6), 100 * (values - means["de"])) for row, values in means.items()}
-            panels[f"points above de, {title}"] = gains
+        if found:
+            panels[f"accuracy [%], {title}"] = {row: _line(values) for row, values in found.items()}
+        if "de" in found and len(found) > 1:
+            de = found["de"]
+            panels[f"points above de, {title}"] = {
+                row: _line(values - de if seeds[row] == seeds["de"] else (values.mean(0) - de.mean(0))[None])
+                for row, values in found.items()
+            }
     if not panels:
         return "No run was scored on corrupted images."
     figures.curves(panels, path, "severity", range(6))
     return ""
 
 
-def _at_severity(runs: Sequence[Found], group: str, severity: int) -> float:
+def _at_severity(run: Found, group: str, severity: int) -> float:
+    """Accuracy in %."""
     if severity == 0:
-        return statistics.fmean(run.metrics["clean"]["accuracy"] for run in runs)
-    by_name = [own for run in runs for own in run.metrics[group]["by_corruption"].values()]
-    return statistics.fmean(own[str(severity)]["accuracy"] for own in by_name if str(severity) in own)
+        return 100 * run.metrics["clean"]["accuracy"]
+    by_name = run.metrics[group]["by_corruption"].values()
+    return 100 * statistics.fmean(own[str(severity)]["accuracy"] for own in by_name if str(severity) in own)
+
+
+def _line(values: np.ndarray) -> tuple:
+    """Of numbers [seeds, severities]: the severities, means and half widths of the means' intervals."""
+    return range(values.shape[1]), *zip(*map(summary.interval, values.T), strict=True)
 
 
 def _reliability(runs: Sequence[Found], path: Path, data_dir: str | None) -> str:
@@ -154,7 +182,7 @@ def _reliability(runs: Sequence[Found], path: Path, data_dir: str | None) -> str
             rare = share * len(found[0]) < FEW
             bins[row] = (confidence, np.where(rare, np.nan, accuracy), share)
     except (OSError, ValueError) as error:
-        return f"The images or members are not there: {html.escape(str(error))}"
+        return f"The images or members are not there: {error}"
     figures.reliability(bins, path)
     return ""
 
@@ -186,15 +214,17 @@ def reliability_bins(confidence: np.ndarray, correct: np.ndarray) -> tuple[np.nd
 
 
 def _traces(runs: Sequence[Found], path: Path) -> str:
-    """Mean over seeds, at POINTS places of the training."""
+    """Mean over seeds, at POINTS places of the training, or as many as there are measurements."""
     panels: dict[str, dict] = {}
     for row, own in _by_row(runs).items():
         logs = [read_log(run.folder) for run in own]
-        steps = np.unique(np.linspace(0, min(map(len, logs)) - 1, POINTS).astype(int))
-        for key, title in TRACES.items():
-            if key in logs[0][0]:
-                values = [statistics.fmean(log[step][key] for log in logs) for step in steps]
-                panels.setdefault(title, {})[row] = (steps + 1, values)
+        for key in TRACES:
+            found = [{step: value for step, value in plots.curve(log, key)} for log in logs]
+            steps = np.array(sorted(set.intersection(*map(set, found))))
+            if len(steps):
+                steps = steps[np.unique(np.linspace(0, len(steps) - 1, POINTS).astype(int))]
+                values = [statistics.fmean(own[step] for own in found) for step in steps]
+                panels.setdefault(plots.CURVES[key], {})[row] = (steps, values)
     figures.curves(panels, path, "step")
     return ""
 
@@ -206,12 +236,13 @@ def _cost(runs: Sequence[Found], path: Path) -> str:
     for row, own in _by_row(runs).items():
         scored = [run.metrics["diversity"] for run in own if "diversity" in run.metrics]
         values = {
-            "1 − cosine of members' input gradients": [1 - one["gradient_cosine"] for one in scored],
-            "disagreement of members": [one["disagreement"] for one in scored],
-            "spread of the members' accuracies": [
-                statistics.pstdev(member["accuracy"] for member in run.metrics["clean"]["members"]) for run in own
+            "1 − cosine of the members' input gradients": [1 - one["gradient_cosine"] for one in scored],
+            "disagreement of two members [% of images]": [100 * one["disagreement"] for one in scored],
+            "deviation of the members' accuracies [points]": [
+                100 * statistics.pstdev(member["accuracy"] for member in run.metrics["clean"]["members"])
+                for run in own
             ],
-            "members × images per second": [run.metrics["members_x_images_per_second"] for run in own],
+            "training speed [members × images / s]": [run.metrics["members_x_images_per_second"] for run in own],
         }
         for title, numbers in values.items():
             if len(numbers) == len(own):
@@ -239,7 +270,8 @@ def as_html(markdown: str, folder: Path) -> str:
             body.append(f'<img alt="{html.escape(title)}" src="data:image/png;base64,{content}">')
         elif line:
             body.append(f"<p>{html.escape(line)}</p>")
-    head = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Report</title><style>{STYLE}</style>'
+    head = '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+    head += f"<title>Report</title><style>{STYLE}</style>"
     return f"{head}<body>{''.join(body)}</body></html>"
 
 
