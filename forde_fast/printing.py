@@ -73,17 +73,15 @@ def legend(group: str, metrics: dict) -> str:
 
 def against(results: dict[str, dict]) -> None:
     """What the table shows, in words: the other methods beside the deep ensemble."""
+    from forde_fast.experiments.summary import signed
+
     group = "corrupted" if "corrupted" in results["de"] else "clean"
     for name, short in (("nll", "NLL"), ("ece", "ECE"), ("accuracy", "A")):
         base, size = results["de"][group][name], 100 if name == "accuracy" else 1
-        apart = {n: round(size * (m[group][name] - base), 2) + 0.0 for n, m in results.items() if n != "de"}  # no -0
-        better = "higher" if size > 1 else "lower"
-        print(f"{PREFIX[group]}{short} beside de ({better} is better): {_signed(apart)}")
+        apart = {n: signed(size * (m[group][name] - base), 2) for n, m in results.items() if n != "de"}
+        shown, better = ", ".join(f"{n} {text}" for n, text in apart.items()), "higher" if size > 1 else "lower"
+        print(f"{PREFIX[group]}{short} beside de ({better} is better): {shown}")
     print("All from one seed: forde-fast reproduce trains over several and gives intervals.")
-
-
-def _signed(numbers: dict[str, float]) -> str:
-    return ", ".join(f"{name} {number:+.2f}" if number else f"{name} 0.00" for name, number in numbers.items())
 
 
 def table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -188,14 +188,14 @@ def drawn(monkeypatch):
 
 def test_values_are_points_with_their_intervals_named(tmp_path, drawn):
     rows = {"de": (0.98, 0.05), "猫 $x, and of many letters": (1.0, 0.0)}
-    figures.bars(
+    figures.points(
         {
             "a": rows,
             "of two members [% of all test images]": {name: (mean, np.inf) for name, (mean, _) in rows.items()},
         },
         tmp_path / "a.png",
     )
-    figures.bars({"one seed": {"de": (0.98, np.nan)}}, tmp_path / "b.png")
+    figures.points({"one seed": {"de": (0.98, np.nan)}}, tmp_path / "b.png")
     several, one = drawn
     for axes in (*several.axes, *one.axes):
         assert not axes.patches  # a bar that begins elsewhere than at 0 says nothing

@@ -45,7 +45,7 @@ def curves(panels: Mapping[str, Mapping[str, tuple]], path: str | Path, xlabel: 
     save(figure, path)
 
 
-def bars(panels: Mapping[str, Mapping[str, tuple]], path: str | Path):
+def points(panels: Mapping[str, Mapping[str, tuple]], path: str | Path):
     """A row each, a point with its bar: {title: {label: (mean, half width of its 95 % interval, or not finite)}}.
 
     Points, since values that are alike could not be told apart from 0 on, and bars from elsewhere mislead.
@@ -58,7 +58,7 @@ def bars(panels: Mapping[str, Mapping[str, tuple]], path: str | Path):
         labels, place = list(own), np.arange(len(own))
         values, errors = (np.array([pair[i] for pair in own.values()], dtype=float) for i in (0, 1))
         style = {"color": drawing.COLOURS[0], "markersize": 4.5, "elinewidth": 1.2, "capsize": 2}
-        points = axes.errorbar(values, place, xerr=_finite(errors), fmt="o", **style)
+        drawn = axes.errorbar(values, place, xerr=_finite(errors), fmt="o", **style)
         axes.set_yticks(place, [drawing.literal(label) for label in labels])
         axes.set_ylim(len(labels) - 0.4, -0.6)
         axes.margins(x=0.1)
@@ -66,7 +66,7 @@ def bars(panels: Mapping[str, Mapping[str, tuple]], path: str | Path):
         axes.ticklabel_format(axis="x", useOffset=False)
         axes.set_title(title, fontsize=10)
     if intervals:
-        drawing.add_legend(figure, {INTERVALS: points})
+        drawing.add_legend(figure, {INTERVALS: drawn})
     save(figure, path)
 
 

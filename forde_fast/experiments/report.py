@@ -247,7 +247,7 @@ def _cost(runs: Sequence[Found], path: Path) -> str:
         for title, numbers in values.items():
             if len(numbers) == len(own):
                 panels.setdefault(title, {})[row] = summary.interval(numbers)
-    figures.bars(panels, path)
+    figures.points(panels, path)
     return ""
 
 

@@ -77,7 +77,7 @@ def corruptions(lab: Lab) -> str:
         differences = [a - b for a, b in zip(own["forde-pca"], own["forde-identity"], strict=True)]
         bars[name] = interval(differences)
         rows.append([name, *(shown(own[method], 1) for method in own), shown(differences, 2)])
-    figures.bars({"accuracy of PCA − identity, points": bars}, lab.out / "corruptions.png")
+    figures.points({"accuracy of PCA − identity, points": bars}, lab.out / "corruptions.png")
     table = markdown_table(["corruption", "de", "forde-identity", "forde-pca", "PCA − identity"], rows)
     return f"{table}\n\n![corruptions](corruptions.png)"
 
@@ -98,7 +98,7 @@ def unknown(lab: Lab) -> str:
                 cells.append(f"{shown(areas)} / {shown(rates)}")
                 panels.setdefault(f"AUROC, {kind}: {title}", {})[name] = interval(areas)
             rows.append([f"{name}, {kind}", *cells])
-    figures.bars(panels, lab.out / "ood.png")
+    figures.points(panels, lab.out / "ood.png")
     head = ["uncertainty of", *(f"{title}: AUROC / FPR95" for title in sets)]
     return f"{markdown_table(head, rows)}\n\n![out of distribution](ood.png)"
 

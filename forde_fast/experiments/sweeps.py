@@ -146,7 +146,7 @@ def cost(lab: Lab) -> str:
         cells = [f"{ms:.1f}", f"{over:.2f}", f"{memory:.1f}"]
         rows.append([name, *cells, *(shown([r[c] for r in runs], 3 if "NLL" in c else 1) for c in COLUMNS[:4])])
     panel = {name: (over, np.nan) for name, (_, over, _) in measured.items()}
-    figures.bars({"time of a step, over the deep ensemble's": panel}, lab.out / "cost.png")
+    figures.points({"time of a step, over the deep ensemble's": panel}, lab.out / "cost.png")
     head = ["method", "ms a step", "over de", "MiB", *COLUMNS[:4]]
     note = "Times are medians of rounds in which all take turns, the ratio round by round; memory is a loop's."
     return f"{note}\n\n{markdown_table(head, rows)}\n\n![cost](cost.png)"
