@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import numbers
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -148,9 +149,8 @@ class Ensemble(nn.Module):
 
     def member(self, index: int) -> nn.Module:
         """An ordinary nn.Module; its parameters stay those of the ensemble (deepcopy it to part from it)."""
-        expect(
-            -len(self) <= index < len(self), "index", f"a member from 0 to {len(self) - 1}", repr(index), IndexError
-        )
+        known = isinstance(index, numbers.Integral) and -len(self) <= index < len(self)
+        expect(known, "index", f"a member from 0 to {len(self) - 1}", repr(index), IndexError)
         return self.members[index]
 
     def functional(self, index: int, parameters: Tensor, buffers: dict[str, Tensor] | None = None):

@@ -120,6 +120,7 @@ class Trainer:
             validation.positive(value, name, allow_zero=True)
         expect(momentum < 1, "momentum", "a number below 1", momentum)
         validation.positive(eps, "eps")
+        expect(isinstance(mesh, Alone), "mesh", "a distributed.Mesh", type(mesh).__name__, TypeError)
         validation.positive(lr, "lr")
         check_backend(backend)
         validation.lengthscale(lengthscale)
@@ -351,6 +352,7 @@ class Trainer:
         `state["random"]` may be None: masks are then drawn anew. Raises ValueError, with nothing changed, for another
         ensemble, another kind of optimiser, or what is no such state.
         """
+        expect(isinstance(state, dict), "state", "a dict, of state_dict()", type(state).__name__, TypeError)
         ensemble = state.get("ensemble")
         self.ensemble.check_state(ensemble if isinstance(ensemble, dict) else {})
         check_trained(state, self.state_dict())

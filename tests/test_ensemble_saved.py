@@ -39,6 +39,8 @@ def test_saved_files_are_read_by_plain_pytorch(tmp_path):
     assert are_views(again)
     with pytest.raises(IndexError, match=r"^index: expected a member from 0 to 2, got 3$"):
         ff.save_member(tmp_path / "x", ensemble, 3)
+    with pytest.raises(IndexError, match=r"^index: expected a member from 0 to 2, got 'a'$"):
+        ensemble.member("a")
 
 
 def test_pretrained_members_keep_what_they_learnt(tmp_path):

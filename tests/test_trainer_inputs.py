@@ -111,6 +111,7 @@ BAD_ARGUMENTS = [
     ({"optimizer": 5}, TypeError, r"^optimizer: expected a callable that takes parameters, got int"),
     ({"optimizer": lambda p: None}, TypeError, r"^optimizer: expected a callable that makes a .*, got NoneType"),
     ({"optimizer": torch.optim.LBFGS}, TypeError, r"^optimizer: .* needs no closure, got LBFGS"),
+    ({"mesh": 3}, TypeError, r"^mesh: expected a distributed.Mesh, got int"),
     ({"loss": "cross_entropy"}, TypeError, r"^loss: expected a callable"),
     ({"accelerate": "no"}, TypeError, r"^accelerate: expected True or False, got 'no'"),
     ({"nesterov": None}, TypeError, r"^nesterov: expected True or False, got None"),
