@@ -175,8 +175,8 @@ def _load_fashion_mnist(folder: Path | None, download: bool) -> Images:
         found[name] = next((path for path in paths if path.is_file()), None)
     for name, path in found.items():
         if path is None:
-            place = places[-1] / name
-            got = f"none; {advice('fashion-mnist', 'the four files')}, or install Debian's dataset-fashion-mnist"
+            place, files = places[-1] / name, advice("fashion-mnist", "the four files")
+            got = f"no such file; {files}, or install Debian's dataset-fashion-mnist"
             expect(download, str(place), "a file that is there", got, FileNotFoundError)
             found[name] = fetch("fashion-mnist", FASHION_URL + name, FASHION_MD5[name], place)
 
