@@ -2,7 +2,7 @@
 
     python bench/report.py [--results FOLDER] [--readme FILE] [--print]
 
-The newest row of each case and provider counts, on the processor that ran last and on every GPU.
+The newest row of each case and provider counts, on every processor and every GPU.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ AXES = {"M": "M, members", "B": "B, samples of a batch", "D": "D, inputs"}
 
 
 def machines(rows: list[dict], device: str) -> list[str]:
-    """The processor that ran last, or every GPU, the last one behind the others."""
+    """Every processor or GPU, the one that ran last behind the others."""
     names = [row[HARDWARE[device]] for row in rows if row["device"] == device]
-    return list(dict.fromkeys(reversed(names)))[::-1] if device == "cuda" else names[-1:]
+    return list(dict.fromkeys(reversed(names)))[::-1]
 
 
 def newest(rows: list[dict], device: str, machine: str) -> dict[tuple, dict]:
