@@ -11,15 +11,13 @@ from __future__ import annotations
 
 import functools
 import os
-import signal
-import sys
 import tempfile
 import time
-import traceback
 from statistics import median
 
 import torch
 import torch.distributed as dist
+from torch.multiprocessing import start_processes
 
 import forde_fast as ff
 from forde_fast import scaling
@@ -115,23 +113,4 @@ def child(rank: int, store: str) -> None:
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
-        children = set()
-        for rank in range(2):
-            pid = os.fork()
-            if pid == 0:
-                status = 1
-                try:
-                    child(rank, os.path.join(folder, "store"))
-                    status = 0
-                except BaseException:
-                    traceback.print_exc()
-                finally:
-                    os._exit(status)
-            children.add(pid)
-        while children:
-            pid, status = os.wait()
-            children.discard(pid)
-            if status:  # the other would wait for it
-                for other in children:
-                    os.kill(other, signal.SIGKILL)
-                sys.exit(f"a process ended with {os.waitstatus_to_exitcode(status)}")
+        start_processes(child, (os.path.join(folder, "store"),), nprocs=2, start_method="fork")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Sequence
-from pathlib import Path
 
 METRICS = {"accuracy": "A", "nll": "NLL", "ece": "ECE"}  # in tables as the paper has them: A, cA, cNLL, ...
 PREFIX = {"clean": "", "validation": "v", "corrupted": "c", "corrupted_all": "a", "corrupted_grey": "g"}
@@ -95,9 +94,3 @@ def table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> Non
     for row in rows:
         own.add_row(*row)
     Console(soft_wrap=True, width=100).print(own)  # no cell is cut on a terminal of 80 columns
-
-
-def runs_in(folder: Path) -> str:
-    """The names of the runs in a folder that is none itself, for a message."""
-    names = sorted(path.parent.name for path in folder.glob("*/config.toml"))
-    return f" (runs in it: {', '.join(names)})" if names else ""

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from forde_fast import config as configuration
-from forde_fast import distributed, guards, models, plots, printing, threads
+from forde_fast import distributed, guards, models, plots, threads
 from forde_fast.checkpoint import Checkpoints, load_ensemble, save_ensemble
 from forde_fast.config import TrainConfig
 from forde_fast.data import (
@@ -340,7 +340,8 @@ def open_run(folder: str | Path, data: Images | None = None, **others: str | Non
     """
     folder = Path(folder)
     held = (folder / "config.toml").is_file()
-    got = f"{folder}{'' if held else printing.runs_in(folder)}"
+    inside = ", ".join(sorted(path.parent.name for path in folder.glob("*/config.toml")))
+    got = f"{folder} (runs in it: {inside})" if inside else folder
     expect(held, "run", "the folder of a run, with its config.toml", got, FileNotFoundError)
     got = f"{folder} (go on with: forde-fast train --resume --out {shlex.quote(str(folder))})"
     expect(

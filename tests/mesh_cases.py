@@ -7,16 +7,14 @@ steps on every grid, and what is off by 1e-10 or more ends it with an error; tha
 
 import functools
 import json
-import os
-import signal
 import sys
-import traceback
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.fx.experimental.symbolic_shapes  # autograd's first call imports it: here once, not in every child
 import trainer_cases
+from torch.multiprocessing import start_processes
 from trainer_cases import Published, golden, published_parameters
 
 import forde_fast as ff
@@ -180,26 +178,7 @@ def child(rank: int, folder: Path) -> None:
 
 
 def main(folder: Path) -> None:
-    children = set()
-    for rank in range(max(GRIDS)[0]):
-        pid = os.fork()
-        if pid == 0:
-            status = 1
-            try:
-                child(rank, folder)
-                status = 0
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                os._exit(status)
-        children.add(pid)
-    while children:
-        pid, status = os.wait()
-        children.discard(pid)
-        if status:  # the others would wait for it
-            for other in children:
-                os.kill(other, signal.SIGKILL)
-            sys.exit(f"a rank ended with {status}")
+    start_processes(child, (folder,), nprocs=max(GRIDS)[0], start_method="fork")
     found = {}
     for path in folder.glob("*.json"):
         for name, numbers in json.loads(path.read_text()).items():
