@@ -1,8 +1,9 @@
 // The kernels for samples whose rows are far apart and whose C is the identity: products of the rows as they are in
 // memory. Half the operations that differences take, and no copy: most are done while the rows arrive.
 
-// Blocks of sums that fill 16 registers along with what they share: kRows rows with kOthers others, kGroup rows of results.
-constexpr int64_t kRows = 4, kOthers = 3, kGroup = 5;
+// Blocks of sums that fill the registers, 16 or 32 of them, along with what they share: kRows rows with kOthers others,
+// kGroup rows of results.
+constexpr int64_t kRows = kBytes == 64 ? 5 : 4, kOthers = kBytes == 64 ? 5 : 3, kGroup = 5;
 constexpr int64_t kColumns = 256;    // of all rows, worked on at a time
 constexpr int64_t kInPlace = 12;     // so many rows at the most are read where they are
 
@@ -50,7 +51,11 @@ inline Vector<T> at_column(const void* row, int64_t k) {
 template <class T, class In, int64_t kA, int64_t kB, bool kOwn>
 inline void gram_block(const void* const* p, const void* const* other, int64_t begin, int64_t end, Vector<T>* totals, int64_t stride) {
   using V = Vector<T>;
-  V sums[kA][kB] = {};
+  V sums[kA][kB];
+#pragma GCC unroll 8
+  for (int64_t a = 0; a < kA; ++a)  // one by one, and only those that are used: an initialiser sets memory
+#pragma GCC unroll 8
+    for (int64_t b = kOwn ? a : 0; b < kB; ++b) sums[a][b] = V{};
   for (int64_t k = begin; k < end; k += kWidth<T>) {
     for (int64_t a = 0; kOwn && k * sizeof(In) % 64 == 0 && a < kA; ++a)  // asks for the next columns, once for each row
       __builtin_prefetch(static_cast<const In*>(p[a]) + k + kColumns, 0, 2);
@@ -96,9 +101,9 @@ void gram(const Sample& sample, int64_t begin, int64_t end, double* out) {
   empty();
 }
 
-// The sums of kSize rows of the result from column k on, kMany vectors of each; w [rows, kSize].
-template <class T, class In, int64_t kSize, int64_t kMany>
-inline void mix_block(const void* const* p, int64_t rows, const void* const* mixed, const T* by, const T* w, int64_t k, Vector<T>* to) {
+// The sums of kSize rows of the result from column k on, kMany vectors of each, handed to `to`; w [rows, kSize].
+template <class T, class In, int64_t kSize, int64_t kMany, class To>
+inline void mix_block(const void* const* p, int64_t rows, const void* const* mixed, const T* by, const T* w, int64_t k, const To& to) {
   using V = Vector<T>;
   constexpr int64_t W = kWidth<T>;
   V sums[kSize][kMany] = {};
@@ -107,11 +112,11 @@ inline void mix_block(const void* const* p, int64_t rows, const void* const* mix
   const auto add = [&](auto count) {  // the next `count` rows
     for (int64_t j = 0; j < count; ++j) {
       V row[kMany];
-#pragma GCC unroll 16
+#pragma GCC unroll 32
       for (int64_t u = 0; u < kMany; ++u) row[u] = at_column<T, In>(p[j], k + u * W);
 #pragma GCC unroll 16
       for (int64_t a = 0; a < kSize; ++a)
-#pragma GCC unroll 16
+#pragma GCC unroll 32
         for (int64_t u = 0; u < kMany; ++u) sums[a][u] += w[j * kSize + a] * row[u];
     }
     p += count, w += count * kSize;
@@ -120,24 +125,32 @@ inline void mix_block(const void* const* p, int64_t rows, const void* const* mix
   for (; rows > 0; --rows) add(std::integral_constant<int64_t, 1>());
 #pragma GCC unroll 16
   for (int64_t a = 0; a < kSize; ++a)
-#pragma GCC unroll 16
-    for (int64_t u = 0; u < kMany; ++u) to[a * (kColumns / W) + u] = sums[a][u];
+#pragma GCC unroll 32
+    for (int64_t u = 0; u < kMany; ++u) to(a, u, sums[a][u]);
 }
 
-// Columns begin .. end of the results, which are stored from column `first` on.
-template <class T, class In>
+// Columns begin .. end of the results, which are stored from column `first` on: from the registers where a vector is a
+// whole line of the caches, else row by row (store_row).
+template <bool kPast, class T, class In>
 inline void mix_tile(const void* const* p, int64_t rows, const void* const* mixed, const T* by, const T* w, int64_t begin, int64_t end,
-                     Vector<T>* results, void* const* out, int64_t first, bool past_caches) {
+                     Vector<T>* results, void* const* out, int64_t first) {
   in_blocks<kGroup>(0, rows, [&](auto size, int64_t i) {
-    constexpr int64_t W = kWidth<T>, kMany = 2 * kGroup / size;
+    constexpr int64_t W = kWidth<T>, kMany = kBytes == 64 ? (size > 1 ? 4 : 8) : 2 * kGroup / size;
+    constexpr bool kLines = kBytes == 64;
     const auto block = [&](auto many, int64_t k) {
-      mix_block<T, In, size, many>(p, rows, mixed ? mixed + i : nullptr, by + i, w + i * rows, k, results + (k - begin) / W);
+      mix_block<T, In, size, many>(p, rows, mixed ? mixed + i : nullptr, by + i, w + i * rows, k, [&](int64_t a, int64_t u, Vector<T> v) {
+        const int64_t at = k - begin + u * W, left = end - begin - at;
+        In* to = static_cast<In*>(out[i + a]) + first + at;
+        if (!kLines) results[a * (kColumns / W) + at / W] = v;
+        else if (many > 1 || left >= W) put<kPast, T>(v, to);
+        else put_some<T>(v, to, left);
+      });
     };
     int64_t k = begin;
     for (; k + kMany * W <= end; k += kMany * W) block(std::integral_constant<int64_t, kMany>(), k);
     for (; k < end; k += W) block(std::integral_constant<int64_t, 1>(), k);
-    for (int64_t a = 0; a < size; ++a)
-      store<T>(past_caches, results + a * (kColumns / kWidth<T>), end - begin, static_cast<In*>(out[i + a]) + first);
+    for (int64_t a = 0; !kLines && a < size; ++a)
+      store_row<kPast, T>(results + a * (kColumns / W), end - begin, static_cast<In*>(out[i + a]) + first);
   });
 }
 
@@ -153,11 +166,13 @@ void mix(const Sample& sample, int64_t begin, int64_t end, const void* const* mi
     for (int64_t a = 0; a < size; ++a)
       for (int64_t j = 0; j < rows; ++j) w[i * rows + j * size + a] = T(weights[(i + a) * rows + j]);
   });
-  for (int64_t n = 0; n < rows; ++n) by[n] = T(1 / sample.norm[n]);
+  bool past = past_caches;
+  for (int64_t n = 0; n < rows; ++n) by[n] = T(1 / sample.norm[n]), past = past && is_aligned(static_cast<In*>(out[n]) + begin);
+  const auto tile = past ? mix_tile<true, T, In> : mix_tile<false, T, In>;
   in_tiles<T>(rows, begin, end, [&](int64_t at, int64_t stop, bool in_place) {
-    if (in_place) return mix_tile<T, In>(sample.values, rows, mixed, by, w, at, stop, results, out, at, past_caches);
+    if (in_place) return tile(sample.values, rows, mixed, by, w, at, stop, results, out, at);
     const auto *own = p.load(sample.values, at, stop), *more = mixed ? m.load(mixed, at, stop) : nullptr;
-    mix_tile<T, In>(own, rows, more, by, w, 0, stop - at, results, out, at, past_caches);
+    tile(own, rows, more, by, w, 0, stop - at, results, out, at);
   });
-  if (past_caches) finish_stores();
+  if (past) finish_stores();
 }

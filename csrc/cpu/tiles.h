@@ -100,7 +100,9 @@ void store_row(const Vector<T>* row, int64_t count, In* to) {
   if (v * W < count) put_some<T>(row[v], to + v * W, count - v * W);
 }
 
+inline bool is_aligned(const void* to) { return reinterpret_cast<uintptr_t>(to) % kBytes == 0; }
+
 template <class T, class In>
 void store(bool past_caches, const Vector<T>* row, int64_t count, In* to) {
-  past_caches && reinterpret_cast<uintptr_t>(to) % kBytes == 0 ? store_row<true, T>(row, count, to) : store_row<false, T>(row, count, to);
+  past_caches && is_aligned(to) ? store_row<true, T>(row, count, to) : store_row<false, T>(row, count, to);
 }
