@@ -6,6 +6,8 @@
 #include <ATen/ops/mm.h>
 #include <ATen/ops/zeros_like.h>
 
+#include <memory>
+
 #include "operations.h"
 #include "rule.h"
 
@@ -29,54 +31,74 @@ void in_lanes(int64_t groups, bool backwards, const F& f) {
 }
 
 template <class T>
-MedianRule<T> make_rule(const Tensor& d, const Tensor& alignment, double log_count, Tensor& c, Tensor& h, Tensor& projection) {
-  return {kernels_for(d.scalar_type(), false).exponentials, d.size(0), d.size(1), d.size(2), log_count, d.const_data_ptr<T>(),
-          alignment.defined() ? alignment.const_data_ptr<T>() : nullptr, c.mutable_data_ptr<T>(), h.mutable_data_ptr<T>(),
-          projection.mutable_data_ptr<T>()};
+MedianRule<T> make_rule(int64_t moving, int64_t repelling, int64_t groups, double log_count, Tensor& h) {
+  return {kernels_for(h.scalar_type(), false).exponentials, moving, repelling, groups, log_count, h.mutable_data_ptr<T>()};
+}
+
+// Memory that nothing is written to beforehand.
+template <class T>
+std::unique_ptr<T[]> room(int64_t count) {
+  return std::unique_ptr<T[]>(new T[count]);
 }
 
 struct Whole {
-  Tensor gradient, value, bandwidth, distances, coefficients;
+  Tensor gradient, value, bandwidth, distances;
+  std::unique_ptr<double[]> coefficients;  // [G, M, M]: a sample's numbers next to one another
 
   // The largest first: it then fits where the last call's was.
   explicit Whole(const Rows& rows, const Tensor& gradient)
       : gradient(gradient), value(at::empty({}, rows.options())), bandwidth(at::empty({rows.moving, rows.groups}, rows.options())),
-        distances(at::empty({rows.moving, rows.moving, rows.groups}, rows.options())), coefficients(at::empty_like(distances)) {}
+        distances(at::empty({rows.moving, rows.moving, rows.groups}, rows.options())),
+        coefficients(room<double>(rows.groups * rows.moving * rows.moving)) {}
 };
 
-// Distances (to which `more` [M, M, G] is added), kernels, coefficients and gradient in two passes over the samples; the
+// The rule for the samples g .. g + count: d [G, pairs] -> slopes [G, pairs], distances [pairs, G].
+template <class T>
+void apply(MedianRule<T>& rule, int64_t g, int64_t count, int64_t pairs, int64_t groups, const T* d, double* slopes, T* distances) {
+  Block<T> block(pairs);
+  Block<double> found(pairs);
+  for (int64_t lane = 0; lane < count; ++lane)
+    for (int64_t p = 0; p < pairs; ++p) block[p][lane] = d[(g + lane) * pairs + p];
+  rule.kernels(g, count, block, found);
+  for (int64_t p = 0; p < pairs; ++p) std::copy_n(block[p], count, distances + p * groups + g);
+  for (int64_t lane = 0; lane < count; ++lane)
+    for (int64_t p = 0; p < pairs; ++p) slopes[(g + lane) * pairs + p] = found[p][lane];
+}
+
+// Distances (to which `more` [G, M, M] is added), kernels, coefficients and gradient in two passes over the samples; the
 // rows that the first one read last are the ones that the second one, going backwards, reads first.
 template <class T>
-void in_two_passes(const Rows& rows, const Tensor& more, bool normalize, double eps, double log_count, Whole& to) {
-  Tensor alignment = at::empty_like(to.distances), projection = at::empty({rows.moving, rows.groups}, rows.options());
-  auto* distances = to.distances.mutable_data_ptr<T>();
-  auto rule = make_rule<T>(to.distances, alignment, log_count, to.coefficients, to.bandwidth, projection);
+void in_two_passes(const Rows& rows, const T* more, bool normalize, double eps, double log_count, Whole& to) {
+  const int64_t members = rows.moving, pairs = members * members;
+  const auto d = room<T>(rows.groups * pairs), alignment = room<T>(rows.groups * pairs);
+  const auto norm = room<double>(rows.groups * members);
+  const auto far = room<bool>(rows.groups);
+  auto rule = make_rule<T>(members, members, rows.groups, log_count, to.bandwidth);
   const Norms norms(rows, 1, normalize, eps);
-  std::vector<double> norm(rows.groups * rows.moving);
-  std::vector<char> far(rows.groups);
-  const int64_t pairs = rows.moving * rows.moving;
   in_lanes(rows.groups, false, [&](int64_t first, int64_t count) {
     Measured found;
     for (int64_t g = first; g < first + count; ++g) {
       found.measure(rows, norms, g);
-      store_pairs(rows, g, found.sums.data(), found.lengths, distances, alignment.mutable_data_ptr<T>());
-      std::copy(found.lengths.norm.begin(), found.lengths.norm.end(), &norm[g * rows.moving]);
+      store_pairs(rows, found.sums.data(), found.lengths, &d[g * pairs], &alignment[g * pairs], 1);
+      std::copy(found.lengths.norm.begin(), found.lengths.norm.end(), &norm[g * members]);
       far[g] = found.far;
-      for (int64_t p = 0; more.defined() && p < pairs; ++p) distances[p * rows.groups + g] += more.const_data_ptr<T>()[p * rows.groups + g];
+      for (int64_t p = g * pairs; more && p < (g + 1) * pairs; ++p) d[p] += more[p];
     }
-    rule.kernels(first, count);
+    apply(rule, first, count, pairs, rows.groups, d.get(), to.coefficients.get(), to.distances.mutable_data_ptr<T>());
   });
   *to.value.mutable_data_ptr<T>() = T(rule.value());
-  const T *c = to.coefficients.const_data_ptr<T>(), *t = normalize ? projection.const_data_ptr<T>() : nullptr;
   const bool past_caches = int64_t(to.gradient.nbytes()) > kCached;
   in_lanes(rows.groups, true, [&](int64_t first, int64_t count) {
-    rule.coefficients(first, count);
     Rows::Pointers pointers;
-    Weights weights(rows.moving);
+    Weights weights(members);
     for (int64_t g = first + count - 1; g >= first; --g) {
-      const Sample sample = rows.sample(g, &norm[g * rows.moving], pointers);
-      take_sample(c, pairs, rows.groups, g, weights.c);
-      if (t) take_sample(t, rows.moving, rows.groups, g, weights.t);
+      double* c = &to.coefficients[g * pairs];  // the slopes, so far
+      for (int64_t i = 0; i < members; ++i) {
+        const double scale = rule.scale(i);
+        for (int64_t j = 0; j < members; ++j) c[i * members + j] *= scale;
+      }
+      weights.of_pairs(c, normalize ? &alignment[g * pairs] : nullptr);
+      const Sample sample = rows.sample(g, &norm[g * members], pointers);
       weights.combine_rows(rows, sample, far[g], nullptr, Rows::point_at(to.gradient, g, pointers.out), past_caches);
     }
   });
@@ -86,13 +108,13 @@ void in_two_passes(const Rows& rows, const Tensor& more, bool normalize, double 
 // contrasts, the gradient in those columns times F^T and the gradient itself have the same memory one after the other.
 template <class T>
 Whole by_factor(const Rows& rows, const Tensor& factor, double tail, bool normalize, double eps, double log_count) {
-  Tensor work = at::empty(rows.particles.sizes(), rows.options()), raw, alignment;
-  if (tail) raw = at::empty({rows.moving, rows.moving, rows.groups}, rows.options()), alignment = at::empty_like(raw);
-  const int64_t pairs = rows.moving * rows.moving;
-  Tensor z = work.narrow(0, 0, rows.moving - 1);
+  Tensor work = at::empty(rows.particles.sizes(), rows.options());
+  const int64_t members = rows.moving, pairs = members * members;
+  const auto raw = room<T>(tail ? rows.groups * pairs : 0), alignment = room<T>(tail ? rows.groups * pairs : 0);
+  const auto norm = room<double>(rows.groups * members);
+  const auto far = room<bool>(rows.groups);
+  Tensor z = work.narrow(0, 0, members - 1);
   const Norms norms(rows, 1, normalize, eps);
-  std::vector<double> norm(rows.groups * rows.moving);
-  std::vector<char> far(rows.groups);
   std::atomic<bool> finite = true;
   in_lanes(rows.groups, false, [&](int64_t first, int64_t count) {
     Measured found;
@@ -101,39 +123,34 @@ Whole by_factor(const Rows& rows, const Tensor& factor, double tail, bool normal
     for (int64_t g = first; g < first + count; ++g) {
       if (tail) {
         found.measure(rows, norms, g);
-        store_pairs(rows, g, found.sums.data(), lengths, raw.mutable_data_ptr<T>(), alignment.mutable_data_ptr<T>(), tail);
-        far[g] = found.far;
+        store_pairs(rows, found.sums.data(), lengths, &raw[g * pairs], &alignment[g * pairs], 1, tail);
       } else {
         norms.find(g, pointers, lengths);
       }
+      far[g] = found.far;
       if (!all_finite(lengths.norm)) finite = false;
-      std::copy(lengths.norm.begin(), lengths.norm.end(), &norm[g * rows.moving]);
+      std::copy(lengths.norm.begin(), lengths.norm.end(), &norm[g * members]);
       rows.kernels.contrasts(rows.sample(g, lengths.norm.data(), pointers), 0, rows.columns, Rows::point_at(z, g, pointers.out));
     }
   });
-  const Tensor x = coordinates(rows.particles, std::nullopt, at::mm(z.view({-1, rows.columns}), factor).view({rows.moving - 1, rows.groups, -1}));
+  const Tensor x = coordinates(rows.particles, std::nullopt, at::mm(z.view({-1, rows.columns}), factor).view({members - 1, rows.groups, -1}));
   const Rows thin(x, std::nullopt, std::nullopt);
   Whole whole(thin, at::empty_like(x));
-  in_two_passes<T>(thin, raw, false, eps, log_count, whole);
+  in_two_passes<T>(thin, tail ? raw.get() : nullptr, false, eps, log_count, whole);
   Tensor products = work.view({-1, rows.columns});
   at::mm_out(products, whole.gradient.view({-1, x.size(2)}), factor.t());
   if (!finite) whole.value.fill_(std::numeric_limits<double>::quiet_NaN());
 
   const bool narrow = rows.particles.scalar_type() != rows.type;
   whole.gradient = narrow ? at::empty(rows.particles.sizes(), rows.particles.options()) : work;
-  const T *c = whole.coefficients.template const_data_ptr<T>(), *a = tail ? alignment.const_data_ptr<T>() : nullptr;
   in_lanes(rows.groups, true, [&](int64_t first, int64_t count) {
     Rows::Pointers pointers;
-    Weights weights(rows.moving);
+    Weights weights(members);
     for (int64_t g = first + count - 1; g >= first; --g) {
-      const Sample sample = rows.sample(g, &norm[g * rows.moving], pointers);
+      const Sample sample = rows.sample(g, &norm[g * members], pointers);
       const auto* mixed = Rows::point_at(work, g, pointers.mixed);
-      if (tail) take_sample(c, pairs, rows.groups, g, weights.c);
-      std::fill(weights.t.begin(), weights.t.end(), 0.0);
-      for (int64_t p = 0; p < int64_t(weights.c.size()); ++p) {
-        if (normalize) weights.t[p / rows.moving] += weights.c[p] * a[p * rows.groups + g];
-        weights.c[p] *= tail;
-      }
+      if (tail) weights.of_pairs(&whole.coefficients[g * pairs], normalize ? &alignment[g * pairs] : nullptr, tail);
+      else std::fill(weights.t.begin(), weights.t.end(), 0.0);
       if (normalize) rows.kernels.along(sample, 0, rows.columns, mixed, nullptr, weights.t.data());
       weights.combine_rows(rows, sample, far[g], mixed, Rows::point_at(whole.gradient, g, pointers.out), false);
     }
@@ -152,13 +169,34 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> median_rule(const Tensor& distances, 
                 distances.scalar_type(), " ", distances.sizes(), " as distances, got ", alignment->scalar_type(), " ", alignment->sizes());
   const Tensor d = distances.contiguous(), e = alignment ? alignment->contiguous() : Tensor();
   const int64_t moving = d.size(0), repelling = d.size(1), groups = d.size(2);
+  const int64_t pairs = moving * repelling;
   Tensor c = at::empty_like(d), value = at::empty({}, d.options());
   Tensor h = at::empty({repelling, groups}, d.options()), projection = at::empty({moving, groups}, d.options());
   AT_DISPATCH_FLOATING_TYPES(d.scalar_type(), "median_rule", [&] {
-    auto rule = make_rule<scalar_t>(d, e, log_count, c, h, projection);
-    in_lanes(groups, false, [&](int64_t g, int64_t count) { rule.kernels(g, count); });
+    auto rule = make_rule<scalar_t>(moving, repelling, groups, log_count, h);
+    const auto slopes = room<double>(pairs * groups);
+    in_lanes(groups, false, [&](int64_t g, int64_t count) {
+      Block<scalar_t> block(pairs);
+      Block<double> found(pairs);
+      for (int64_t p = 0; p < pairs; ++p) std::copy_n(d.const_data_ptr<scalar_t>() + p * groups + g, count, block[p]);
+      rule.kernels(g, count, block, found);
+      for (int64_t p = 0; p < pairs; ++p) std::copy_n(found[p], count, &slopes[p * groups + g]);
+    });
     *value.mutable_data_ptr<scalar_t>() = scalar_t(rule.value());
-    in_lanes(groups, false, [&](int64_t g, int64_t count) { rule.coefficients(g, count); });
+    const auto* aligned = alignment ? e.const_data_ptr<scalar_t>() : nullptr;
+    at::parallel_for(0, moving, 1, [&](int64_t from, int64_t to) {
+      for (int64_t i = from; i < to; ++i) {
+        const double scale = rule.scale(i);
+        std::vector<double> total(groups);
+        for (int64_t p = i * repelling; p < (i + 1) * repelling; ++p)
+          for (int64_t g = 0; g < groups; ++g) {
+            const scalar_t own = scalar_t(scale * slopes[p * groups + g]);
+            c.mutable_data_ptr<scalar_t>()[p * groups + g] = own;
+            if (aligned) total[g] += double(own) * double(aligned[p * groups + g]);
+          }
+        for (int64_t g = 0; g < groups; ++g) projection.mutable_data_ptr<scalar_t>()[i * groups + g] = scalar_t(total[g]);
+      }
+    });
   });
   return {value, c, h, projection};
 }
@@ -175,7 +213,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> fused(const Tensor& particles, const 
     return {value, combine(particles, std::nullopt, product, norm, c, normalize ? projection : at::zeros_like(projection)), h, d};
   }
   Whole whole(rows, at::empty(particles.sizes(), particles.options()));
-  AT_DISPATCH_FLOATING_TYPES(rows.type, "fused", [&] { in_two_passes<scalar_t>(rows, Tensor(), normalize, eps, log_count, whole); });
+  AT_DISPATCH_FLOATING_TYPES(rows.type, "fused", [&] { in_two_passes<scalar_t>(rows, nullptr, normalize, eps, log_count, whole); });
   if (rows.type == type) return {whole.value, whole.gradient, whole.bandwidth, whole.distances};
   return {whole.value.to(type), whole.gradient, whole.bandwidth.to(type), whole.distances.to(type)};
 }

@@ -90,7 +90,8 @@ void gram(const Sample& sample, int64_t begin, int64_t end, double* out) {
   Copied<T, In> copied(rows, totals + count);
   std::fill(totals, totals + count, Vector<T>{});
   const auto empty = [&] {
-    for (int64_t n = 0; n < count; ++n) out[n] += sum<T>(totals[n]), totals[n] = Vector<T>{};
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t n = i * rows + i; n < (i + 1) * rows; ++n) out[n] += sum<T>(totals[n]), totals[n] = Vector<T>{};
   };
   int64_t full = begin + kRun;
   in_tiles<T>(rows, begin, end, [&](int64_t at, int64_t stop, bool in_place) {

@@ -37,7 +37,7 @@ std::tuple<Tensor, Tensor, Tensor> pair_distances(const Tensor& particles, const
   AT_DISPATCH_FLOATING_TYPES(rows.type, "pair_distances", [&] {
     const auto store = [&](int64_t g, const double* sum, const Lengths& own) {
       for (int64_t n = 0; n < rows.rows; ++n) norm.mutable_data_ptr<scalar_t>()[n * rows.groups + g] = scalar_t(own.norm[n]);
-      store_pairs(rows, g, sum, own, distances.mutable_data_ptr<scalar_t>(), alignment.mutable_data_ptr<scalar_t>());
+      store_pairs(rows, sum, own, distances.mutable_data_ptr<scalar_t>() + g, alignment.mutable_data_ptr<scalar_t>() + g, rows.groups);
     };
     rows.each(splits, [&](int64_t g, int64_t split, int64_t begin, int64_t end) {
       Rows::Pointers pointers;

@@ -234,6 +234,21 @@ struct Weights {
 
   explicit Weights(int64_t members) : t(members) {}
 
+  // `weight` times coefficients [M, M], and t what they make of the alignment [M, M], or 0 for none.
+  template <class T>
+  void of_pairs(const double* coefficients, const T* alignment, double weight = 1) {
+    const int64_t members = t.size();
+    c.resize(members * members);
+    for (int64_t i = 0; i < members; ++i) {
+      double along = 0;
+      for (int64_t p = i * members; p < (i + 1) * members; ++p) {
+        c[p] = weight * coefficients[p];
+        if (alignment) along += coefficients[p] * alignment[p];
+      }
+      t[i] = along;
+    }
+  }
+
   // out = mixed and c and t combined, for all columns, by the way that is right.
   void combine_rows(const Rows& rows, const Sample& sample, bool far, const void* const* mixed, void* const* out, bool past_caches) {
     if (!far) return rows.kernels.combine(sample, 0, rows.columns, mixed, c.empty() ? nullptr : c.data(), t.data(), out, past_caches);
@@ -257,17 +272,18 @@ struct Weights {
   }
 };
 
-// `weight` times the sums of sample g by add_pairs ->  distances and alignment [Mi, Mj, G]. With C symmetric,
-// (q_i - q_j) s_i = (d_ij + s_i^T C s_i - s_j^T C s_j) / 2: one sum for each row rather than for each pair.
+// `weight` times the sums of a sample by add_pairs -> its distances and alignment [Mi, Mj], each number `step` from the
+// one before. With C symmetric, (q_i - q_j) s_i = (d_ij + s_i^T C s_i - s_j^T C s_j) / 2: one sum for each row rather than
+// for each pair.
 template <class T>
-void store_pairs(const Rows& rows, int64_t g, const double* d, const Lengths& lengths, T* distances, T* alignment, double weight = 1) {
+void store_pairs(const Rows& rows, const double* d, const Lengths& lengths, T* distances, T* alignment, int64_t step, double weight = 1) {
   const int64_t first = rows.others.defined() ? rows.moving : 0, repelling = rows.repelling();
   const double* growth = rows.product.defined() ? d + rows.moving * repelling : lengths.square.data();
   const bool finite = all_finite(lengths.norm);
   for (int64_t i = 0; i < rows.moving; ++i)
     for (int64_t j = 0; j < repelling; ++j) {
       const double distance = d[first == 0 && j < i ? j * repelling + i : i * repelling + j];
-      const int64_t to = (i * repelling + j) * rows.groups + g;
+      const int64_t to = (i * repelling + j) * step;
       distances[to] = T(!finite ? NAN : distance < 0 ? 0 : weight * distance);  // NaN stays NaN
       alignment[to] = T(weight * (distance + growth[i] - growth[first + j]) / 2);
     }
@@ -276,15 +292,12 @@ void store_pairs(const Rows& rows, int64_t g, const double* d, const Lengths& le
 constexpr int64_t kCached = 1 << 22;  // bytes of a result that may still be in a cache when it is read
 
 // x [R, G] -> [R] of sample g, in double
-template <class T>
-void take_sample(const T* x, int64_t rows, int64_t groups, int64_t g, std::vector<double>& to) {
-  to.resize(rows);
-  for (int64_t n = 0; n < rows; ++n) to[n] = x[n * groups + g];
-}
-
 inline std::vector<double> of_sample(const Tensor& x, int64_t g) {
-  std::vector<double> to;
-  AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "of_sample", [&] { take_sample(x.const_data_ptr<scalar_t>(), x.size(0), x.size(1), g, to); });
+  std::vector<double> to(x.size(0));
+  AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "of_sample", [&] {
+    const auto* from = x.const_data_ptr<scalar_t>() + g;
+    for (size_t n = 0; n < to.size(); ++n) to[n] = from[n * x.size(1)];
+  });
   return to;
 }
 

@@ -7,7 +7,6 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
-#include <memory>
 #include <numeric>
 #include <vector>
 
@@ -44,46 +43,58 @@ void medians(T (*columns)[kLanes], int64_t rows, double* out) {
   }
 }
 
+// Numbers of kLanes samples next to one another, [count][kLanes]: 1 where there is no sample.
+template <class T>
+struct Block {
+  std::vector<T> memory;
+
+  explicit Block(int64_t count) : memory(count * kLanes, T(1)) {}
+  T* operator[](int64_t n) { return &memory[n * kLanes]; }
+};
+
 template <class T>
 class MedianRule {
  public:
-  // distances, alignment [Mi, Mj, G], the latter or null; results are coefficients [Mi, Mj, G], bandwidth [Mj, G] and
-  // projection [Mi, G]
-  MedianRule(void (*exponentials)(double*, int64_t), int64_t moving, int64_t repelling, int64_t groups, double log_count, const T* distances, const T* alignment,
-             T* coefficients, T* bandwidth, T* projection)
-      : exponentials_(exponentials), moving_(moving), repelling_(repelling), groups_(groups), log_count_(log_count), d_(distances), alignment_(alignment),
-        c_(coefficients), h_(bandwidth), projection_(projection), sums_(groups * moving), reciprocal_h_(repelling * groups),
-        kernel_(new double[moving * repelling * groups]), rows_(moving) {}
+  MedianRule(void (*exponentials)(double*, int64_t), int64_t moving, int64_t repelling, int64_t groups, double log_count, T* bandwidth)
+      : exponentials_(exponentials), moving_(moving), repelling_(repelling), groups_(groups), log_count_(log_count), h_(bandwidth),
+        sums_(groups * moving), rows_(moving) {}
 
-  // Bandwidths and kernel values of the samples g .. g + count, at most kLanes. All lanes are worked on, so that the
-  // compiler makes vectors of them; those without a sample have distances of 1.
-  void kernels(int64_t g, int64_t count) {
-    std::vector<T> memory(moving_ * kLanes);
-    std::vector<double> values(moving_ * kLanes);
-    auto* columns = reinterpret_cast<T(*)[kLanes]>(memory.data());
-    double middle[kLanes], own[kLanes];
+  // Bandwidths of the samples g .. g + count, at most kLanes, and what coefficients are multiples of: the kernel values
+  // divided by these, 0 where a distance is; d, slopes [Mi Mj]. All lanes are worked on, so that the compiler makes
+  // vectors of them.
+  void kernels(int64_t g, int64_t count, Block<T>& d, Block<double>& slopes) {
+    Block<T> columns(moving_);
+    Block<double> values(moving_), sums(moving_);
+    double middle[kLanes], own[kLanes], reciprocal[kLanes];
     T excess[kLanes] = {};  // 0 as long as all is finite
     for (int64_t j = 0; j < repelling_; ++j) {
       for (int64_t i = 0; i < moving_; ++i) {
-        std::fill_n(columns[i], kLanes, T(1));
-        std::copy_n(d_ + at(i, j, g), count, columns[i]);
+        const T* from = d[i * repelling_ + j];
+        T* to = columns[i];
         for (int64_t lane = 0; lane < kLanes; ++lane) {
-          excess[lane] += columns[i][lane] * 0;
-          values[i * kLanes + lane] = columns[i][lane];
+          to[lane] = from[lane];
+          excess[lane] += from[lane] * 0;
         }
       }
-      medians(columns, moving_, middle);
-      for (int64_t lane = 0; lane < kLanes; ++lane) own[lane] = middle[lane] / log_count_ + 1e-12;
+      medians(reinterpret_cast<T(*)[kLanes]>(columns[0]), moving_, middle);
+      for (int64_t lane = 0; lane < kLanes; ++lane) own[lane] = middle[lane] / log_count_ + 1e-12, reciprocal[lane] = 1 / own[lane];
       std::copy_n(own, count, h_ + j * groups_ + g);
-      for (int64_t lane = 0; lane < count; ++lane) reciprocal_h_[j * groups_ + g + lane] = 1 / own[lane];
-      for (int64_t i = 0; i < moving_; ++i)
-        for (int64_t lane = 0; lane < kLanes; ++lane) values[i * kLanes + lane] /= -own[lane];
-      exponentials_(values.data(), moving_ * kLanes);
       for (int64_t i = 0; i < moving_; ++i) {
-        std::copy_n(&values[i * kLanes], count, &kernel_[at(i, j, g)]);
-        for (int64_t lane = 0; lane < count; ++lane) sums_[i * groups_ + g + lane] += values[i * kLanes + lane];
+        const T* from = d[i * repelling_ + j];
+        double* to = values[i];
+        for (int64_t lane = 0; lane < kLanes; ++lane) to[lane] = -double(from[lane]) / own[lane];
+      }
+      exponentials_(values[0], moving_ * kLanes);
+      for (int64_t i = 0; i < moving_; ++i) {
+        const T* from = d[i * repelling_ + j];
+        double *to = slopes[i * repelling_ + j], *value = values[i], *sum = sums[i];
+        for (int64_t lane = 0; lane < kLanes; ++lane) {
+          to[lane] = from[lane] == 0 ? 0 : value[lane] * reciprocal[lane];
+          sum[lane] = (j == 0 ? 0 : sum[lane]) + value[lane];
+        }
       }
     }
+    for (int64_t i = 0; i < moving_; ++i) std::copy_n(sums[i], count, &sums_[i * groups_ + g]);
     for (T x : excess)
       if (x != 0) finite_ = false;  // an infinite distance alone would only make a kernel value 0
   }
@@ -96,40 +107,16 @@ class MedianRule {
     return value;
   }
 
-  // Coefficients and projection of the samples g .. g + count; after the value.
-  void coefficients(int64_t g, int64_t count) {
-    count == kLanes ? coefficients_of(g, std::integral_constant<int64_t, kLanes>()) : coefficients_of(g, count);
-  }
+  // The coefficients of row i are so many times its slopes; after the value.
+  double scale(int64_t i) const { return -2.0 / groups_ / rows_[i]; }
 
  private:
-  // A count that is known beforehand makes vectors of the loops.
-  template <class Count>
-  void coefficients_of(int64_t g, Count count) {
-    for (int64_t i = 0; i < moving_; ++i) {
-      const double scale = -2.0 / groups_ / rows_[i];
-      double aligned[kLanes] = {};
-      for (int64_t j = 0; j < repelling_; ++j) {
-        const int64_t from = at(i, j, g);
-        const double *kernel = &kernel_[from], *reciprocal = &reciprocal_h_[j * groups_ + g];
-        T c[kLanes];
-        for (int64_t lane = 0; lane < count; ++lane) c[lane] = d_[from + lane] == 0 ? T(0) : T(scale * kernel[lane] * reciprocal[lane]);
-        for (int64_t lane = 0; alignment_ && lane < count; ++lane) aligned[lane] += double(c[lane]) * double(alignment_[from + lane]);
-        std::copy_n(c, int64_t(count), c_ + from);
-      }
-      for (int64_t lane = 0; lane < count; ++lane) projection_[i * groups_ + g + lane] = T(aligned[lane]);
-    }
-  }
-
-  int64_t at(int64_t i, int64_t j, int64_t g) const { return (i * repelling_ + j) * groups_ + g; }
-
   void (*const exponentials_)(double*, int64_t);  // of repulsion.h
   const int64_t moving_, repelling_, groups_;
   const double log_count_;
-  const T *d_, *alignment_;
-  T *c_, *h_, *projection_;
-  std::vector<double> sums_, reciprocal_h_;  // [Mi, G], [Mj, G]
-  std::unique_ptr<double[]> kernel_;    // [Mi, Mj, G]
-  std::vector<double> rows_;            // [Mi]
+  T* h_;                      // [Mj, G]
+  std::vector<double> sums_;  // of the kernel values, [Mi, G]
+  std::vector<double> rows_;  // [Mi]
   std::atomic<bool> finite_ = true;
 };
 

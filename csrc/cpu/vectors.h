@@ -73,12 +73,20 @@ inline void put_some(Vector<T> v, In* to, int64_t count) {
 }
 
 template <class T>
+using Part __attribute__((vector_size(16))) = T;
+
+// Half by half, down to a part in a register that every processor has.
+template <class T>
 inline double sum(Vector<T> v) {
-  T lanes[kWidth<T>];
-  std::memcpy(lanes, &v, sizeof v);
-  for (int64_t width = kWidth<T> / 2; width > 0; width /= 2)
-    for (int64_t k = 0; k < width; ++k) lanes[k] += lanes[k + width];
-  return lanes[0];
+  Part<T> parts[kBytes / 16];
+  std::memcpy(parts, &v, sizeof v);
+#pragma GCC unroll 2
+  for (int64_t width = kBytes / 32; width > 0; width /= 2)
+#pragma GCC unroll 2
+    for (int64_t k = 0; k < width; ++k) parts[k] += parts[k + width];
+  const Part<T> last = parts[0];
+  if constexpr (sizeof(T) == 8) return last[0] + last[1];
+  else return (last[0] + last[2]) + (last[1] + last[3]);
 }
 
 // The division by a number. With multiply-adds, by its reciprocal in two parts: equal numbers have the quotient 1 exactly,
