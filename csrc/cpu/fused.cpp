@@ -184,17 +184,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> median_rule(const Tensor& distances, 
     });
     *value.mutable_data_ptr<scalar_t>() = scalar_t(rule.value());
     const auto* aligned = alignment ? e.const_data_ptr<scalar_t>() : nullptr;
+    auto *all = c.mutable_data_ptr<scalar_t>(), *along = projection.mutable_data_ptr<scalar_t>();
     at::parallel_for(0, moving, 1, [&](int64_t from, int64_t to) {
+      std::vector<double> total(groups);
       for (int64_t i = from; i < to; ++i) {
         const double scale = rule.scale(i);
-        std::vector<double> total(groups);
-        for (int64_t p = i * repelling; p < (i + 1) * repelling; ++p)
+        std::fill(total.begin(), total.end(), 0.0);
+        for (int64_t at = i * repelling * groups; at < (i + 1) * repelling * groups; at += groups)
           for (int64_t g = 0; g < groups; ++g) {
-            const scalar_t own = scalar_t(scale * slopes[p * groups + g]);
-            c.mutable_data_ptr<scalar_t>()[p * groups + g] = own;
-            if (aligned) total[g] += double(own) * double(aligned[p * groups + g]);
+            all[at + g] = scalar_t(scale * slopes[at + g]);
+            if (aligned) total[g] += double(all[at + g]) * double(aligned[at + g]);
           }
-        for (int64_t g = 0; g < groups; ++g) projection.mutable_data_ptr<scalar_t>()[i * groups + g] = scalar_t(total[g]);
+        std::copy(total.begin(), total.end(), along + i * groups);
       }
     });
   });
