@@ -332,6 +332,17 @@ def test_results_larger_than_the_caches(capability):
             assert error <= 8 * torch.finfo(F32).eps, (case, shape)
 
 
+@pytest.mark.parametrize("normalize", [True, False])
+def test_few_samples_of_which_one_is_close(normalize, capability):
+    """Columns are split; the far sample takes products of rows, the other one differences."""
+    for shape in ((5, 2, 40_000), (13, 3, 20_003)):
+        particles = torch.randn(shape, dtype=F64)
+        particles[1, 0] = particles[0, 0] + 1e-3 * particles[1, 0]
+        result = ff.repulsion(particles, normalize=normalize, backend="cpp")
+        for part, same in zip(result, reference.repulsion(particles, normalize=normalize), strict=True):
+            assert torch.allclose(part, same, rtol=1e-10, atol=1e-12 * same.abs().max())
+
+
 def test_pairs_with_others_on_every_instruction_set(capability):
     for moving, repelling in ((1, 5), (4, 3), (5, 8), (7, 1)):
         particles, others = torch.randn(moving, 3, 77, dtype=F64), torch.randn(repelling, 3, 77, dtype=F64)

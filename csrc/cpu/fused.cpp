@@ -92,15 +92,51 @@ void in_two_passes(const Rows& rows, const T* more, bool normalize, double eps, 
     Rows::Pointers pointers;
     Weights weights(members);
     for (int64_t g = first + count - 1; g >= first; --g) {
-      double* c = &to.coefficients[g * pairs];  // the slopes, so far
-      for (int64_t i = 0; i < members; ++i) {
-        const double scale = rule.scale(i);
-        for (int64_t j = 0; j < members; ++j) c[i * members + j] *= scale;
-      }
+      double* c = &to.coefficients[g * pairs];
+      rule.scale_rows(c);
       weights.of_pairs(c, normalize ? &alignment[g * pairs] : nullptr);
       const Sample sample = rows.sample(g, &norm[g * members], pointers);
-      weights.combine_rows(rows, sample, far[g], nullptr, Rows::point_at(to.gradient, g, pointers.out), past_caches);
+      weights.combine_rows(rows, sample, 0, rows.columns, far[g], nullptr, Rows::point_at(to.gradient, g, pointers.out), past_caches);
     }
+  });
+}
+
+// The same where samples are too few for all threads: their columns are split.
+template <class T>
+void in_split_passes(const Rows& rows, int64_t splits, bool normalize, double eps, double log_count, Whole& to) {
+  const int64_t members = rows.moving, pairs = members * members, groups = rows.groups;
+  const auto d = room<T>(groups * pairs), alignment = room<T>(groups * pairs);
+  auto rule = make_rule<T>(members, members, groups, log_count, to.bandwidth);
+  const Norms norms(rows, 1, normalize, eps);
+  std::vector<Measured> found(groups);
+  const auto measure = [&](auto kernel) {  // the sums of samples that are not known to be far
+    std::vector<double> partial(groups * splits * pairs);
+    rows.each(splits, [&](int64_t g, int64_t split, int64_t begin, int64_t end) {
+      Rows::Pointers pointers;
+      if (!found[g].far) kernel(rows.sample(g, found[g].lengths.norm.data(), pointers), begin, end, &partial[(g * splits + split) * pairs]);
+    });
+    for (int64_t g = 0; g < groups; ++g)
+      if (!found[g].far) {
+        found[g].sums.assign(pairs, 0.0);
+        for (int64_t at = 0; at < splits * pairs; ++at) found[g].sums[at % pairs] += partial[g * splits * pairs + at];
+      }
+  };
+  measure(rows.kernels.gram);
+  for (auto& own : found) own.take_products(rows, norms);
+  if (!std::all_of(found.begin(), found.end(), [](const Measured& own) { return own.far; }))
+    measure([&](const Sample& sample, int64_t begin, int64_t end, double* sums) { rows.kernels.pairs(sample, begin, end, sums, nullptr); });
+  for (int64_t g = 0; g < groups; ++g) store_pairs(rows, found[g].sums.data(), found[g].lengths, &d[g * pairs], &alignment[g * pairs], 1);
+  for (int64_t g = 0; g < groups; g += kLanes)
+    apply(rule, g, std::min(kLanes, groups - g), pairs, groups, d.get(), to.coefficients.get(), to.distances.mutable_data_ptr<T>());
+  *to.value.mutable_data_ptr<T>() = T(rule.value());
+  for (int64_t g = 0; g < groups; ++g) rule.scale_rows(&to.coefficients[g * pairs]);
+  const bool past_caches = int64_t(to.gradient.nbytes()) > kCached;
+  rows.each(splits, [&](int64_t g, int64_t, int64_t begin, int64_t end) {
+    Rows::Pointers pointers;
+    Weights weights(members);
+    weights.of_pairs(&to.coefficients[g * pairs], normalize ? &alignment[g * pairs] : nullptr);
+    const Sample sample = rows.sample(g, found[g].lengths.norm.data(), pointers);
+    weights.combine_rows(rows, sample, begin, end, found[g].far, nullptr, Rows::point_at(to.gradient, g, pointers.out), past_caches);
   });
 }
 
@@ -152,7 +188,7 @@ Whole by_factor(const Rows& rows, const Tensor& factor, double tail, bool normal
       if (tail) weights.of_pairs(&whole.coefficients[g * pairs], normalize ? &alignment[g * pairs] : nullptr, tail);
       else std::fill(weights.t.begin(), weights.t.end(), 0.0);
       if (normalize) rows.kernels.along(sample, 0, rows.columns, mixed, nullptr, weights.t.data());
-      weights.combine_rows(rows, sample, far[g], mixed, Rows::point_at(whole.gradient, g, pointers.out), false);
+      weights.combine_rows(rows, sample, 0, rows.columns, far[g], mixed, Rows::point_at(whole.gradient, g, pointers.out), false);
     }
   });
   return whole;
@@ -208,13 +244,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> fused(const Tensor& particles, const 
   const bool wide = product ? product->scalar_type() == at::kDouble : particles.size(-1) <= kExactColumns;
   const Rows rows(particles, std::nullopt, product, wide);
   const auto type = computing_type(particles);
-  if (rows.splits() > 1) {  // too few samples for all threads: stage by stage, each with its columns split
+  const int64_t splits = rows.splits();
+  if (splits > 1 && product) {  // too few samples for all threads: stage by stage, each with its columns split
     const auto [d, alignment, norm] = pair_distances(particles, std::nullopt, product, normalize, eps);
     const auto [value, c, h, projection] = median_rule(d, alignment, log_count);
     return {value, combine(particles, std::nullopt, product, norm, c, normalize ? projection : at::zeros_like(projection)), h, d};
   }
   Whole whole(rows, at::empty(particles.sizes(), particles.options()));
-  AT_DISPATCH_FLOATING_TYPES(rows.type, "fused", [&] { in_two_passes<scalar_t>(rows, nullptr, normalize, eps, log_count, whole); });
+  AT_DISPATCH_FLOATING_TYPES(rows.type, "fused", [&] {
+    splits > 1 ? in_split_passes<scalar_t>(rows, splits, normalize, eps, log_count, whole)
+               : in_two_passes<scalar_t>(rows, nullptr, normalize, eps, log_count, whole);
+  });
   if (rows.type == type) return {whole.value, whole.gradient, whole.bandwidth, whole.distances};
   return {whole.value.to(type), whole.gradient, whole.bandwidth.to(type), whole.distances.to(type)};
 }

@@ -195,36 +195,39 @@ struct Measured {
 
   void measure(const Rows& rows, const Norms& norms, int64_t g) {
     const int64_t count = rows.moving;
-    far = !rows.product.defined() && measure_by_products(rows, norms, g);
-    if (far) return;
-    if (rows.product.defined()) norms.find(g, pointers, lengths);
     sums.assign(count * count + count, 0.0);
+    if (rows.product.defined()) {
+      norms.find(g, pointers, lengths);
+    } else {
+      rows.kernels.gram(rows.sample(g, nullptr, pointers), 0, rows.columns, sums.data());
+      take_products(rows, norms);
+    }
+    if (far) return;
+    std::fill(sums.begin(), sums.end(), 0.0);
     add_pairs(rows, rows.sample(g, lengths.norm.data(), pointers), 0, rows.columns, sums.data());
   }
 
- private:
-  // Whether all rows are far apart. If they are not, the lengths are right, the sums are not.
-  bool measure_by_products(const Rows& rows, const Norms& norms, int64_t g) {
+  // From the products of rows in `sums`: their lengths, and whether all are far apart. If they are, `sums` become those of
+  // the pairs.
+  void take_products(const Rows& rows, const Norms& norms) {
     const int64_t count = rows.moving;
-    sums.assign(count * count, 0.0);
-    rows.kernels.gram(rows.sample(g, nullptr, pointers), 0, rows.columns, sums.data());
     lengths.square.resize(count);
     for (int64_t n = 0; n < count; ++n) lengths.square[n] = std::exchange(sums[n * count + n], 0.0);
     squares = lengths.square;
     norms.normalize ? lengths.of_squares(norms.eps, rows.type) : lengths.of_ones(count);
     const auto& norm = lengths.norm;
     for (int64_t n = 0; n < count; ++n) squares[n] /= norm[n] * norm[n];
-    bool all = true;
+    far = true;
     for (int64_t i = 0; i < count; ++i)
       for (int64_t j = i + 1; j < count; ++j) {
         double& sum = sums[i * count + j];
         const double both = squares[i] + squares[j];
         sum = both - 2 * sum / (norm[i] * norm[j]);
-        all = all && kFar * sum >= both;  // not with NaN
+        far = far && kFar * sum >= both;  // not with NaN
       }
-    return all;
   }
 
+ private:
   std::vector<double> squares;
 };
 
@@ -249,11 +252,12 @@ struct Weights {
     }
   }
 
-  // out = mixed and c and t combined, for all columns, by the way that is right.
-  void combine_rows(const Rows& rows, const Sample& sample, bool far, const void* const* mixed, void* const* out, bool past_caches) {
-    if (!far) return rows.kernels.combine(sample, 0, rows.columns, mixed, c.empty() ? nullptr : c.data(), t.data(), out, past_caches);
+  // out = mixed and c and t combined, for the columns begin .. end, by the way that is right.
+  void combine_rows(const Rows& rows, const Sample& sample, int64_t begin, int64_t end, bool far, const void* const* mixed,
+                    void* const* out, bool past_caches) {
+    if (!far) return rows.kernels.combine(sample, begin, end, mixed, c.empty() ? nullptr : c.data(), t.data(), out, past_caches);
     of_rows_as_they_are(sample.norm);
-    rows.kernels.mix(sample, 0, rows.columns, mixed, w.data(), out, past_caches);
+    rows.kernels.mix(sample, begin, end, mixed, w.data(), out, past_caches);
   }
 
  private:

@@ -110,6 +110,12 @@ class MedianRule {
   // The coefficients of row i are so many times its slopes; after the value.
   double scale(int64_t i) const { return -2.0 / groups_ / rows_[i]; }
 
+  // Slopes of a sample [Mi, Mj] -> its coefficients.
+  void scale_rows(double* slopes) const {
+    for (int64_t i = 0; i < moving_; ++i)
+      std::for_each_n(slopes + i * repelling_, repelling_, [own = scale(i)](double& slope) { slope *= own; });
+  }
+
  private:
   void (*const exponentials_)(double*, int64_t);  // of repulsion.h
   const int64_t moving_, repelling_, groups_;
