@@ -110,16 +110,12 @@ void in_split_passes(const Rows& rows, int64_t splits, bool normalize, double ep
   const Norms norms(rows, 1, normalize, eps);
   std::vector<Measured> found(groups);
   const auto measure = [&](auto kernel) {  // the sums of samples that are not known to be far
-    std::vector<double> partial(groups * splits * pairs);
-    rows.each(splits, [&](int64_t g, int64_t split, int64_t begin, int64_t end) {
+    const auto sums = rows.sums(splits, pairs, [&](int64_t g, int64_t begin, int64_t end, double* to) {
       Rows::Pointers pointers;
-      if (!found[g].far) kernel(rows.sample(g, found[g].lengths.norm.data(), pointers), begin, end, &partial[(g * splits + split) * pairs]);
+      if (!found[g].far) kernel(rows.sample(g, found[g].lengths.norm.data(), pointers), begin, end, to);
     });
     for (int64_t g = 0; g < groups; ++g)
-      if (!found[g].far) {
-        found[g].sums.assign(pairs, 0.0);
-        for (int64_t at = 0; at < splits * pairs; ++at) found[g].sums[at % pairs] += partial[g * splits * pairs + at];
-      }
+      if (!found[g].far) found[g].sums.assign(&sums[g * pairs], &sums[g * pairs] + pairs);
   };
   measure(rows.kernels.gram);
   for (auto& own : found) own.take_products(rows, norms);

@@ -111,6 +111,16 @@ struct Rows {
       }
     });
   }
+
+  // Sums over all columns of each sample, [G, count]; f(g, begin, end, sums) adds those of a range of them.
+  template <class F>
+  std::vector<double> sums(int64_t splits, int64_t count, const F& f) const {
+    std::vector<double> partial(groups * splits * count), whole(groups * count);
+    each(splits, [&](int64_t g, int64_t split, int64_t begin, int64_t end) { f(g, begin, end, &partial[(g * splits + split) * count]); });
+    for (int64_t item = 0; item < groups * splits; ++item)
+      for (int64_t n = 0; n < count; ++n) whole[item / splits * count + n] += partial[item * count + n];
+    return whole;
+  }
 };
 
 // sqrt(|p|^2 + eps), and |s|^2 of the rows divided by it; or 1, and 0 for nothing that is needed. Norms are rounded to the
@@ -145,16 +155,13 @@ struct Norms {
 
   Norms(const Rows& rows, int64_t splits, bool normalize, double eps) : rows(rows), normalize(normalize), eps(eps) {
     if (splits == 1 || !normalize) return;
-    std::vector<double> partial(rows.groups * splits * rows.rows);
-    rows.each(splits, [&](int64_t g, int64_t split, int64_t begin, int64_t end) {
+    const auto squares = rows.sums(splits, rows.rows, [&](int64_t g, int64_t begin, int64_t end, double* sums) {
       Rows::Pointers pointers;
-      rows.kernels.squares(rows.sample(g, nullptr, pointers), begin, end, &partial[(g * splits + split) * rows.rows]);
+      rows.kernels.squares(rows.sample(g, nullptr, pointers), begin, end, sums);
     });
-    for (int64_t g = 0; g < rows.groups; ++g) {
+    for (auto from = squares.begin(); from < squares.end(); from += rows.rows) {
       Lengths own;
-      own.square.assign(rows.rows, 0.0);
-      for (int64_t split = 0; split < splits; ++split)
-        for (int64_t n = 0; n < rows.rows; ++n) own.square[n] += partial[(g * splits + split) * rows.rows + n];
+      own.square.assign(from, from + rows.rows);
       own.of_squares(eps, rows.type);
       known.push_back(std::move(own));
     }
