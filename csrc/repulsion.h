@@ -28,14 +28,13 @@ struct Kernels {
   // growth[n] += sum_k (q_n - q_0)(s_n + s_0), that is s_n^T C s_n - s_0^T C s_0, or null
   void (*pairs)(const Sample&, int64_t begin, int64_t end, double* d, double* growth);
   // out[i][k] = (mixed_i[k] + sum_j c[i,j] (q_i - q_j)[k] - t[i] s_i[k]) / norm_i, mixed [moving] -> [D] of the
-  // computing type, c [moving, repelling], either null for none; past_caches: the results are too many to stay there
+  // computing type, c [moving, repelling], either null for none
   void (*combine)(const Sample&, int64_t begin, int64_t end, const void* const* mixed, const double* c, const double* t,
-                  void* const* out, bool past_caches);
+                  void* const* out);
   // out[i,j] += sum_k p_i[k] p_j[k], [rows, rows], only j >= i: the rows as they are
   void (*gram)(const Sample&, int64_t begin, int64_t end, double* out);
   // out[i][k] = mixed_i[k] / norm_i + sum_j w[i,j] p_j[k], w [rows, rows]: the rows as they are; else as combine
-  void (*mix)(const Sample&, int64_t begin, int64_t end, const void* const* mixed, const double* w, void* const* out,
-              bool past_caches);
+  void (*mix)(const Sample&, int64_t begin, int64_t end, const void* const* mixed, const double* w, void* const* out);
   // t[i] += sum_k s_i[k] times what combine sums there before it takes t away
   void (*along)(const Sample&, int64_t begin, int64_t end, const void* const* mixed, const double* c, double* t);
   // x[k] = exp(x[k]), x[k] <= 0

@@ -87,7 +87,6 @@ void in_two_passes(const Rows& rows, const T* more, bool normalize, double eps, 
     apply(rule, first, count, pairs, rows.groups, d.get(), to.coefficients.get(), to.distances.mutable_data_ptr<T>());
   });
   *to.value.mutable_data_ptr<T>() = T(rule.value());
-  const bool past_caches = int64_t(to.gradient.nbytes()) > kCached;
   in_lanes(rows.groups, true, [&](int64_t first, int64_t count) {
     Rows::Pointers pointers;
     Weights weights(members);
@@ -96,7 +95,7 @@ void in_two_passes(const Rows& rows, const T* more, bool normalize, double eps, 
       rule.scale_rows(c);
       weights.of_pairs(c, normalize ? &alignment[g * pairs] : nullptr);
       const Sample sample = rows.sample(g, &norm[g * members], pointers);
-      weights.combine_rows(rows, sample, 0, rows.columns, far[g], nullptr, Rows::point_at(to.gradient, g, pointers.out), past_caches);
+      weights.combine_rows(rows, sample, 0, rows.columns, far[g], nullptr, Rows::point_at(to.gradient, g, pointers.out));
     }
   });
 }
@@ -126,13 +125,12 @@ void in_split_passes(const Rows& rows, int64_t splits, bool normalize, double ep
     apply(rule, g, std::min(kLanes, groups - g), pairs, groups, d.get(), to.coefficients.get(), to.distances.mutable_data_ptr<T>());
   *to.value.mutable_data_ptr<T>() = T(rule.value());
   for (int64_t g = 0; g < groups; ++g) rule.scale_rows(&to.coefficients[g * pairs]);
-  const bool past_caches = int64_t(to.gradient.nbytes()) > kCached;
   rows.each(splits, [&](int64_t g, int64_t, int64_t begin, int64_t end) {
     Rows::Pointers pointers;
     Weights weights(members);
     weights.of_pairs(&to.coefficients[g * pairs], normalize ? &alignment[g * pairs] : nullptr);
     const Sample sample = rows.sample(g, found[g].lengths.norm.data(), pointers);
-    weights.combine_rows(rows, sample, begin, end, found[g].far, nullptr, Rows::point_at(to.gradient, g, pointers.out), past_caches);
+    weights.combine_rows(rows, sample, begin, end, found[g].far, nullptr, Rows::point_at(to.gradient, g, pointers.out));
   });
 }
 
@@ -184,7 +182,7 @@ Whole by_factor(const Rows& rows, const Tensor& factor, double tail, bool normal
       if (tail) weights.of_pairs(&whole.coefficients[g * pairs], normalize ? &alignment[g * pairs] : nullptr, tail);
       else std::fill(weights.t.begin(), weights.t.end(), 0.0);
       if (normalize) rows.kernels.along(sample, 0, rows.columns, mixed, nullptr, weights.t.data());
-      weights.combine_rows(rows, sample, 0, rows.columns, far[g], mixed, Rows::point_at(whole.gradient, g, pointers.out), false);
+      weights.combine_rows(rows, sample, 0, rows.columns, far[g], mixed, Rows::point_at(whole.gradient, g, pointers.out));
     }
   });
   return whole;

@@ -130,50 +130,41 @@ inline void mix_block(const void* const* p, int64_t rows, const void* const* mix
     for (int64_t u = 0; u < kMany; ++u) to(a, u, sums[a][u]);
 }
 
-// Columns begin .. end of the results, which are stored from column `first` on: from the registers where a vector is a
-// whole line of the caches, else row by row (store_row).
-template <bool kPast, class T, class In>
+// Columns begin .. end of the results, which are stored from column `first` on, straight from the registers.
+template <class T, class In>
 inline void mix_tile(const void* const* p, int64_t rows, const void* const* mixed, const T* by, const T* w, int64_t begin, int64_t end,
-                     Vector<T>* results, void* const* out, int64_t first) {
+                     void* const* out, int64_t first) {
   in_blocks<kGroup>(0, rows, [&](auto size, int64_t i) {
     constexpr int64_t W = kWidth<T>, kMany = kBytes == 64 ? (size > 1 ? 4 : 8) : 2 * kGroup / size;
-    constexpr bool kLines = kBytes == 64;
     const auto block = [&](auto many, int64_t k) {
       mix_block<T, In, size, many>(p, rows, mixed ? mixed + i : nullptr, by + i, w + i * rows, k, [&](int64_t a, int64_t u, Vector<T> v) {
         const int64_t at = k - begin + u * W, left = end - begin - at;
         In* to = static_cast<In*>(out[i + a]) + first + at;
-        if (!kLines) results[a * (kColumns / W) + at / W] = v;
-        else if (many > 1 || left >= W) put<kPast, T>(v, to);
+        if (many > 1 || left >= W) put<T>(v, to);
         else put_some<T>(v, to, left);
       });
     };
     int64_t k = begin;
     for (; k + kMany * W <= end; k += kMany * W) block(std::integral_constant<int64_t, kMany>(), k);
     for (; k < end; k += W) block(std::integral_constant<int64_t, 1>(), k);
-    for (int64_t a = 0; !kLines && a < size; ++a)
-      store_row<kPast, T>(results + a * (kColumns / W), end - begin, static_cast<In*>(out[i + a]) + first);
   });
 }
 
 template <class T, class In>
-void mix(const Sample& sample, int64_t begin, int64_t end, const void* const* mixed, const double* weights, void* const* out, bool past_caches) {
-  constexpr int64_t kResults = kGroup * kColumns / kWidth<T>;
+void mix(const Sample& sample, int64_t begin, int64_t end, const void* const* mixed, const double* weights, void* const* out) {
   const int64_t rows = sample.rows, copies = Copied<T, In>::vectors(rows), others = mixed ? Copied<T, T>::vectors(rows) : 0;
-  Vector<T>* results = scratch<T>(kResults + copies + others + rows * (rows + 1) / kWidth<T> + 1);
-  Copied<T, In> p(rows, results + kResults);
-  Copied<T, T> m(mixed ? rows : 0, results + kResults + copies);
-  T *w = reinterpret_cast<T*>(results + kResults + copies + others), *by = w + rows * rows;
+  Vector<T>* memory = scratch<T>(copies + others + rows * (rows + 1) / kWidth<T> + 1);
+  Copied<T, In> p(rows, memory);
+  Copied<T, T> m(mixed ? rows : 0, memory + copies);
+  T *w = reinterpret_cast<T*>(memory + copies + others), *by = w + rows * rows;
+  for (int64_t n = 0; n < rows; ++n) by[n] = T(1 / sample.norm[n]);
   in_blocks<kGroup>(0, rows, [&](auto size, int64_t i) {  // the weights of a block next to one another
     for (int64_t a = 0; a < size; ++a)
       for (int64_t j = 0; j < rows; ++j) w[i * rows + j * size + a] = T(weights[(i + a) * rows + j]);
   });
-  bool past = past_caches;
-  for (int64_t n = 0; n < rows; ++n) by[n] = T(1 / sample.norm[n]), past = past && is_aligned(static_cast<In*>(out[n]) + begin);
-  const auto tile = past ? mix_tile<true, T, In> : mix_tile<false, T, In>;
   in_tiles<T>(rows, begin, end, [&](int64_t at, int64_t stop, bool in_place) {
-    if (in_place) return tile(sample.values, rows, mixed, by, w, at, stop, results, out, at);
+    if (in_place) return mix_tile<T, In>(sample.values, rows, mixed, by, w, at, stop, out, at);
     const auto *own = p.load(sample.values, at, stop), *more = mixed ? m.load(mixed, at, stop) : nullptr;
-    tile(own, rows, more, by, w, 0, stop - at, results, out, at);
+    mix_tile<T, In>(own, rows, more, by, w, 0, stop - at, out, at);
   });
-  if (past) finish_stores();
 }

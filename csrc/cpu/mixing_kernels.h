@@ -62,17 +62,16 @@ void finish(const Mixture<T, In>& mixture, int64_t i, int64_t count, const doubl
 
 template <class T, class In>
 void combine(const Sample& sample, int64_t begin, int64_t end, const void* const* mixed, const double* c, const double* t,
-             void* const* out, bool past_caches) {
+             void* const* out) {
   Mixture<T, In> mixture(sample, mixed, c);
   for (int64_t at = begin; at < end; at += mixture.tiles.columns()) {
     const int64_t count = std::min(mixture.tiles.columns(), end - at);
     mixture.tiles.load(at, count);
     in_blocks<Mixture<T, In>::kMost>(0, sample.moving, [&](auto size, int64_t i) {
       finish<size, T, In>(mixture, i, count, t, mixture.results);
-      for (int64_t a = 0; a < size; ++a) store<T>(past_caches, mixture.results + a * kVectors, count, static_cast<In*>(out[i + a]) + at);
+      for (int64_t a = 0; a < size; ++a) store<T>(mixture.results + a * kVectors, count, static_cast<In*>(out[i + a]) + at);
     });
   }
-  if (past_caches) finish_stores();
 }
 
 template <class T, class In>
@@ -102,7 +101,7 @@ void along(const Sample& sample, int64_t begin, int64_t end, const void* const* 
 inline void exponentials(double* x, int64_t count) {
   constexpr int64_t W = kWidth<double>;
   int64_t k = 0;
-  for (; k + W <= count; k += W) put<false, double>(exponential(get<double>(x + k)), x + k);
+  for (; k + W <= count; k += W) put<double>(exponential(get<double>(x + k)), x + k);
   if (k < count) put_some<double>(exponential(get_some<double>(x + k, count - k)), x + k, count - k);
 }
 

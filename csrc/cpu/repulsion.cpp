@@ -69,12 +69,11 @@ Tensor combine(const Tensor& particles, const OptionalTensor& others, const Opti
   const Tensor norms = norm.contiguous(), t = projection.contiguous();
   const Tensor c = coefficients.contiguous().view({-1, rows.groups});
   Tensor gradient = at::empty({rows.moving, rows.groups, rows.columns}, particles.options());
-  const bool past_caches = int64_t(gradient.nbytes()) > kCached;
   rows.each(rows.splits(), [&](int64_t g, int64_t, int64_t begin, int64_t end) {
     Rows::Pointers pointers;
     const auto r = of_sample(norms, g), c_g = of_sample(c, g), t_g = of_sample(t, g);
     rows.kernels.combine(rows.sample(g, r.data(), pointers), begin, end, nullptr, c_g.data(), t_g.data(),
-                         Rows::point_at(gradient, g, pointers.out), past_caches);
+                         Rows::point_at(gradient, g, pointers.out));
   });
   return gradient;
 }
@@ -122,7 +121,6 @@ Tensor project(const Tensor& particles, const Tensor& mixed, const OptionalTenso
   const Tensor dense = mixed.contiguous();
   const Tensor c = coefficients ? coefficients->contiguous().view({-1, rows.groups}) : at::empty({0, rows.groups}, mixed.options());
   Tensor gradient = at::empty({rows.moving, rows.groups, rows.columns}, particles.options());
-  const bool past_caches = int64_t(gradient.nbytes()) > kCached;
   const int64_t splits = rows.splits();
   const Norms norms(rows, splits, normalize, eps);
   // The component along s_i is a sum over all columns: known only when all of them were seen once.
@@ -136,7 +134,7 @@ Tensor project(const Tensor& particles, const Tensor& mixed, const OptionalTenso
     const double* weights = coefficients ? c_g.data() : nullptr;
     const Sample sample = rows.sample(g, own.norm.data(), pointers);
     if (measure && normalize) rows.kernels.along(sample, begin, end, in, weights, measure);
-    if (t) rows.kernels.combine(sample, begin, end, in, weights, t, Rows::point_at(gradient, g, pointers.out), past_caches);
+    if (t) rows.kernels.combine(sample, begin, end, in, weights, t, Rows::point_at(gradient, g, pointers.out));
   };
   rows.each(splits, [&](int64_t g, int64_t split, int64_t begin, int64_t end) {
     double* t = &partial[(g * splits + split) * rows.moving];

@@ -6,10 +6,6 @@
 #include <type_traits>
 #include <vector>
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
 #include "../repulsion.h"
 
 #if defined(__x86_64__)
@@ -22,8 +18,6 @@
 namespace forde_fast {
 namespace {
 constexpr int64_t kBytes = 32;
-inline void store_past_caches(const void* v, void* to) { _mm256_stream_ps(static_cast<float*>(to), *static_cast<const __m256*>(v)); }
-inline void finish_stores() { _mm_sfence(); }
 constexpr bool kMultiplyAdds = true;
 #include "vectors.h"
 #include "tiles.h"

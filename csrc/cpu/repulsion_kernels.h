@@ -45,7 +45,7 @@ void contrasts(const Sample& sample, int64_t begin, int64_t end, void* const* ou
       T* z = static_cast<T*>(out[n - 1]) + at;
       tiles.prefetch(n);
       int64_t v = 0;
-      for (; (v + 1) * kWidth<T> <= count; ++v) put<false, T>(row[v] - shared[v], z + v * kWidth<T>);
+      for (; (v + 1) * kWidth<T> <= count; ++v) put<T>(row[v] - shared[v], z + v * kWidth<T>);
       if (v * kWidth<T> < count) put_some<T>(row[v] - shared[v], z + v * kWidth<T>, count - v * kWidth<T>);
     }
   }

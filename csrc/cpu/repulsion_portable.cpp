@@ -10,8 +10,6 @@
 namespace forde_fast {
 namespace {
 constexpr int64_t kBytes = 16;
-inline void store_past_caches(const void* v, void* to) { std::memcpy(to, v, kBytes); }
-inline void finish_stores() {}
 constexpr bool kMultiplyAdds = false;
 #include "vectors.h"
 #include "tiles.h"

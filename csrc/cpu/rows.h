@@ -261,10 +261,10 @@ struct Weights {
 
   // out = mixed and c and t combined, for the columns begin .. end, by the way that is right.
   void combine_rows(const Rows& rows, const Sample& sample, int64_t begin, int64_t end, bool far, const void* const* mixed,
-                    void* const* out, bool past_caches) {
-    if (!far) return rows.kernels.combine(sample, begin, end, mixed, c.empty() ? nullptr : c.data(), t.data(), out, past_caches);
+                    void* const* out) {
+    if (!far) return rows.kernels.combine(sample, begin, end, mixed, c.empty() ? nullptr : c.data(), t.data(), out);
     of_rows_as_they_are(sample.norm);
-    rows.kernels.mix(sample, begin, end, mixed, w.data(), out, past_caches);
+    rows.kernels.mix(sample, begin, end, mixed, w.data(), out);
   }
 
  private:
@@ -299,8 +299,6 @@ void store_pairs(const Rows& rows, const double* d, const Lengths& lengths, T* d
       alignment[to] = T(weight * (distance + growth[i] - growth[first + j]) / 2);
     }
 }
-
-constexpr int64_t kCached = 1 << 22;  // bytes of a result that may still be in a cache when it is read
 
 // x [R, G] -> [R] of sample g, in double
 inline std::vector<double> of_sample(const Tensor& x, int64_t g) {

@@ -91,18 +91,10 @@ struct Tiles {
   }
 };
 
-// A row of results after the other: stores past the caches to several at a time are many times slower.
-template <bool kPast, class T, class In>
-void store_row(const Vector<T>* row, int64_t count, In* to) {
+template <class T, class In>
+void store(const Vector<T>* row, int64_t count, In* to) {
   constexpr int64_t W = kWidth<T>;
   int64_t v = 0;
-  for (; (v + 1) * W <= count; ++v) put<kPast, T>(row[v], to + v * W);
+  for (; (v + 1) * W <= count; ++v) put<T>(row[v], to + v * W);
   if (v * W < count) put_some<T>(row[v], to + v * W, count - v * W);
-}
-
-inline bool is_aligned(const void* to) { return reinterpret_cast<uintptr_t>(to) % kBytes == 0; }
-
-template <class T, class In>
-void store(bool past_caches, const Vector<T>* row, int64_t count, In* to) {
-  past_caches && is_aligned(to) ? store_row<true, T>(row, count, to) : store_row<false, T>(row, count, to);
 }

@@ -46,11 +46,9 @@ inline Vector<T> get(const In* from) {
   }
 }
 
-template <bool kPast, class T, class In>
+template <class T, class In>
 inline void put(Vector<T> v, In* to) {
-  if constexpr (std::is_same_v<In, T> && kPast) {
-    store_past_caches(&v, to);
-  } else if constexpr (std::is_same_v<In, T>) {
+  if constexpr (std::is_same_v<In, T>) {
     *reinterpret_cast<Unaligned<T>*>(to) = v;
   } else {
     for (int64_t k = 0; k < kWidth<T>; ++k) narrow(v[k], to + k);
