@@ -19,6 +19,8 @@ struct Sample {
   const double* norm;         // [N], sqrt(|p|^2 + eps), or 1
 };
 
+constexpr int64_t kLanes = 16;  // samples whose small numbers are worked on together
+
 struct Kernels {
   // out[n] += sum_k p_n[k]^2
   void (*squares)(const Sample&, int64_t begin, int64_t end, double* out);
@@ -37,8 +39,10 @@ struct Kernels {
   void (*mix)(const Sample&, int64_t begin, int64_t end, const void* const* mixed, const double* w, void* const* out);
   // t[i] += sum_k s_i[k] times what combine sums there before it takes t away
   void (*along)(const Sample&, int64_t begin, int64_t end, const void* const* mixed, const double* c, double* t);
-  // x[k] = exp(x[k]), x[k] <= 0
-  void (*exponentials)(double* x, int64_t count);
+  // The first half of rule.h for kLanes samples: d [moving, repelling, kLanes] of the computing type -> bandwidth
+  // [repelling, kLanes]; slopes, the kernel values divided by it, 0 where a distance is, as d; sums of the values
+  // [moving, kLanes]. False where a distance is not finite.
+  bool (*rule)(int64_t moving, int64_t repelling, double log_count, const void* d, double* bandwidth, double* slopes, double* sums);
 };
 
 // The same kernels, compiled for several instruction sets; `wide` computes in double whatever the input is.

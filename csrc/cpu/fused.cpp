@@ -32,7 +32,7 @@ void in_lanes(int64_t groups, bool backwards, const F& f) {
 
 template <class T>
 MedianRule<T> make_rule(int64_t moving, int64_t repelling, int64_t groups, double log_count, Tensor& h) {
-  return {kernels_for(h.scalar_type(), false).exponentials, moving, repelling, groups, log_count, h.mutable_data_ptr<T>()};
+  return {kernels_for(h.scalar_type(), false), moving, repelling, groups, log_count, h.mutable_data_ptr<T>()};
 }
 
 // Memory that nothing is written to beforehand.

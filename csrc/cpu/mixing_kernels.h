@@ -97,22 +97,3 @@ void along(const Sample& sample, int64_t begin, int64_t end, const void* const* 
     });
   }
 }
-
-inline void exponentials(double* x, int64_t count) {
-  constexpr int64_t W = kWidth<double>;
-  int64_t k = 0;
-  for (; k + W <= count; k += W) put<double>(exponential(get<double>(x + k)), x + k);
-  if (k < count) put_some<double>(exponential(get_some<double>(x + k, count - k)), x + k, count - k);
-}
-
-template <class T, class In>
-constexpr Kernels kKernels = {squares<T, In>, contrasts<T, In>, pairs<T, In>,  combine<T, In>,
-                               gram<T, In>,    mix<T, In>,       along<T, In>, exponentials};
-
-inline const Kernels& kernels_for(Input input, bool wide) {
-  switch (input) {
-    case Input::kFloat32: return wide ? kKernels<double, float> : kKernels<float, float>;
-    case Input::kBFloat16: return wide ? kKernels<double, bfloat16> : kKernels<float, bfloat16>;
-    default: return kKernels<double, double>;
-  }
-}

@@ -24,6 +24,7 @@ constexpr bool kMultiplyAdds = true;
 #include "repulsion_kernels.h"
 #include "gram_kernels.h"
 #include "mixing_kernels.h"
+#include "rule_kernels.h"
 }  // namespace
 
 const Kernels& avx512_kernels(Input input, bool wide) { return kernels_for(input, wide); }

@@ -16,6 +16,7 @@ constexpr bool kMultiplyAdds = false;
 #include "repulsion_kernels.h"
 #include "gram_kernels.h"
 #include "mixing_kernels.h"
+#include "rule_kernels.h"
 }  // namespace
 
 const Kernels& portable_kernels(Input input, bool wide) { return kernels_for(input, wide); }
