@@ -27,6 +27,8 @@ def outside_autocast(call: Callable) -> Callable:
 
     @functools.wraps(call)
     def run(*arguments, **named):
+        if not (torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")):  # told soonest
+            return call(*arguments, **named)
         given = (*arguments, *named.values())
         device = next((x.device.type for x in given if isinstance(x, Tensor)), "cpu")
         if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):

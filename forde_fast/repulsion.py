@@ -227,8 +227,8 @@ def _combine(state, c: Tensor, projection: Tensor | None = None) -> Tensor:
 def _fused(name, operations, particles, lengthscale, normalize, eps, precision, half):
     dtype, product = particles.dtype, None
     particles = particles.detach() if particles.requires_grad else particles
-    log_count = DEFAULT.log_count(len(particles))
-    weighed = len(particles) > 1 and not _is_identity(lengthscale)
+    members = particles.shape[0]
+    log_count, weighed = DEFAULT.log_count(members), members > 1 and not _is_identity(lengthscale)
     if weighed or name != "cpp":  # which widens what it reads by itself, but no contrasts
         particles = particles.to(_computed(particles))
     if half:
@@ -379,7 +379,7 @@ def _check_finite(particles: Tensor, others: Tensor | None, outcome: Tensor | No
     """ValueError for NaN or infinity, told by `outcome`: the particles are read again only to say where."""
     if particles.is_cuda or torch.compiler.is_compiling():
         return
-    alone = len(particles) == 1 and others is None  # there is no pair that would show it
+    alone = particles.shape[0] == 1 and others is None  # there is no pair that would show it
     if outcome is not None and not alone and math.isfinite(outcome.item()):
         return
     for tensor, name in ((particles, "particles"), (others, "others")):
