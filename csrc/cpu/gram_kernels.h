@@ -4,7 +4,7 @@
 // Blocks of sums that fill the registers, 16 or 32 of them, along with what they share: kRows rows with kOthers others,
 // kGroup rows of results.
 constexpr int64_t kRows = kBytes == 64 ? 5 : 4, kOthers = kBytes == 64 ? 5 : 3, kGroup = 5;
-constexpr int64_t kColumns = 256;    // of all rows, worked on at a time
+constexpr int64_t kColumns = kBytes == 16 ? 256 : 512;  // of all rows, worked on at a time: 64 or 32 additions in a row
 constexpr int64_t kInPlace = 12;     // so many rows at the most are read where they are
 
 // Columns of rows next to one another, with zeros up to a whole vector. For the last columns; and for all where rows are
