@@ -177,10 +177,8 @@ def test_others_so_far_away_that_every_kernel_value_underflows():
     "shape", [(1, 1, 3), (2, 2, 16), (10, 10, 37), (5, 3, 17), (33, 4, 18), (40, 40, 2)], ids=str
 )
 @pytest.mark.parametrize("dtype", [torch.float32, F64], ids=str)
-def test_fused_median_rule(shape, dtype):
+def test_fused_median_rule(shape, dtype, capability):
     """Few rows are sorted, many selected from; groups that fill the lanes and that do not."""
-    if not ff.available_backends()["cpp"]:
-        pytest.skip("waits for the cpp backend")
     d, alignment = distances(*shape).to(dtype), torch.randn(shape).to(dtype)
     log_count = ff.Median().log_count(d.shape[1])
     value, c, h, projection = torch.ops.forde_fast.median_rule(d, alignment, log_count)
