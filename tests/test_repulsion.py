@@ -318,7 +318,7 @@ def test_every_instruction_set(capability):
 
 
 def test_results_larger_than_the_caches(capability):
-    """From 4 MB on they are stored past these: rows that begin at a line of a cache or do not, few or many of them.
+    """Rows that begin at a line of a cache or do not, few or many of them, of a result of more than 4 MB.
 
     With all samples eight times over each has a sixty-fourth of the gradient that it has once, which is not so large.
     """
