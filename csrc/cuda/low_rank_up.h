@@ -59,12 +59,14 @@ struct MultiplyUp {
     constexpr int kFactors = kFactorStagesUp - 1;
     const int tiles = range(f, p, item).tiles();
     const int rows = tiles < kRowStagesUp ? tiles : kRowStagesUp, factors = tiles < kFactors ? tiles : kFactors;
+    arrivals.y.wait(block, y_turn++);
     FORDE_ROLLED for (int n = 0; n < rows; ++n) arrivals.rows.wait(block, row_turn++);
     FORDE_ROLLED for (int n = 0; n < factors; ++n) arrivals.factor.wait(block, factor_turn++);
   }
 
-  FORDE_INLINE void copy_mixed(const Range& own) const {
-    if (block.thread() != 0) return;
+  FORDE_INLINE void copy_mixed(int item) const {
+    if (item >= p.items || block.thread() != 0) return;
+    const Range own = range(f, p, item);
     block.fence_of_global();
     Arrival* arrival = arrivals.y.expect(block, y_turn, sizeof shared.y);
     block.copy(shared.y, workspace<char>(f, p.at.y) + int64_t(own.first / kGroup) * sizeof shared.y, sizeof shared.y, arrival);
@@ -72,12 +74,11 @@ struct MultiplyUp {
 
   FORDE_INLINE void run(int item) {
     const Range own = range(f, p, item);
-    const Operand y{reinterpret_cast<const Half*>(shared.y), 128, kTileRows * 16};
-    copy_mixed(own);
+    const Operand y = block.uniform(Operand{reinterpret_cast<const Half*>(shared.y), 128, kTileRows * 16});
     arrivals.y.wait(block, y_turn++);
     FORDE_ROLLED for (int tile = 0; tile < own.tiles(); ++tile) {
       float out[40] = {};
-      const Operand factor{shared.factor[(factor_turn + tile) % kFactorStagesUp].numbers(), kRank * 16, 128};
+      const Operand factor = block.uniform(Operand{shared.factor[(factor_turn + tile) % kFactorStagesUp].numbers(), kRank * 16, 128});
       arrivals.factor.wait(block, factor_turn + tile);
       block.sync(kProductBarrier, kProductThreads);  // the last tile's products have been found
       block.start_products();
@@ -143,14 +144,17 @@ struct RowsUp {
     FORDE_UNROLL for (int n = 0; n < kMixing / 4; ++n) store_four(&shared.mixing[row / kRows][i][4 * n], mixing.of[n]);
   }
 
-  // A row's four columns for each lane: the tail's part and the product. s: row 0 and differences to it.
-  FORDE_INLINE Four mix(const float* mixing, const Four (&s)[kRows], const Four& product) const {
-    Four own, weights[kMixing / 4];
-    FORDE_UNROLL for (int n = 0; n < kMixing / 4; ++n) weights[n] = load_four(mixing + 4 * n);
-    FORDE_UNROLL for (int v = 0; v < 4; ++v) own.of[v] = weights[0].of[0] * s[0].of[v];
+  // What a lane mixes a row's four columns from, but for s: row 0 and differences to it.
+  struct OfRow {
+    Four weights[kMixing / 4], product;
+  };
+  // The tail's part and the product.
+  FORDE_INLINE Four mix(const OfRow& row, const Four (&s)[kRows]) const {
+    Four own;
+    FORDE_UNROLL for (int v = 0; v < 4; ++v) own.of[v] = row.weights[0].of[0] * s[0].of[v];
     FORDE_UNROLL for (int n = 1; n < kRows; ++n)
-      FORDE_UNROLL for (int v = 0; v < 4; ++v) own.of[v] = multiply_add(weights[n / 4].of[n % 4], s[n].of[v], own.of[v]);
-    FORDE_UNROLL for (int v = 0; v < 4; ++v) own.of[v] = multiply_add(product.of[v], weights[kRows / 4].of[kRows % 4], own.of[v]);
+      FORDE_UNROLL for (int v = 0; v < 4; ++v) own.of[v] = multiply_add(row.weights[n / 4].of[n % 4], s[n].of[v], own.of[v]);
+    FORDE_UNROLL for (int v = 0; v < 4; ++v) own.of[v] = multiply_add(row.product.of[v], row.weights[kRows / 4].of[kRows % 4], own.of[v]);
     return own;
   }
 
@@ -176,12 +180,23 @@ struct RowsUp {
       const bool there = sample < f.groups && k < own.count;
       float* to = f.gradient + (there ? sample * f.columns + own.from + k : 0);
       block.sync(kFull + half, kHalfThreads);
-      FORDE_ROLLED for (int i = 0; i < f.members; i += 2, to += 2 * next) {
-        const float* products = rows + i * kColumns + (column ^ ((place * (kRows / 2) + i / 2) % 4 * 8));
-        const Four one = mix(mixing + i * kMixing, s, load_four(products));
-        const Four other = mix(mixing + (i + 1) * kMixing, s, load_four(products + kColumns));
-        if (there) store_four(to, one);
-        if (there && i + 1 < f.members) store_four(to + next, other);
+      if (there) {
+        const auto load = [&](int i) {
+          OfRow row;
+          FORDE_UNROLL for (int n = 0; n < kMixing / 4; ++n) row.weights[n] = load_four(mixing + i * kMixing + 4 * n);
+          row.product = load_four(rows + i * kColumns + (column ^ ((place * (kRows / 2) + i / 2) % 4 * 8)));
+          return row;
+        };
+        // A row's numbers are on their way while the one before is mixed. Where a last row has none beside it, what is
+        // written first is not its own.
+        OfRow one = load(0);
+        FORDE_ROLLED for (int i = 0; i < f.members; i += 2, to += 2 * next) {
+          const OfRow other = load(i + 1);
+          const Four first = mix(one, s);
+          one = load(i + 2 < kRows ? i + 2 : 0);
+          store_four(i + 1 < f.members ? to + next : to, mix(other, s));
+          store_four(to, first);
+        }
       }
     }
     turn += own.tiles();
