@@ -42,14 +42,14 @@ else
   others=(--shapes digits --lengthscales identity --providers reference,cpp --rounds 2)
   step=(--rounds 1 --cases cnn-digits --providers plain-de,de,plain-forde,forde)
 fi
-part install 100 "$python" "${install[@]}"
+part install 110 "$python" "${install[@]}"
 "$python" -m forde_fast info
-part verify 170 "$python" -m forde_fast verify & # neither is timed
-part tests 170 "$python" -m pytest -q "${tests[@]}" tests
+part verify 150 env OMP_NUM_THREADS=1 "$python" -m forde_fast verify & # its tensors are small; neither is timed
+part tests 150 "$python" -m pytest -q "${tests[@]}" tests
 wait
-part operation 70 "$python" bench/repulsion.py --device "$device" --out "$out" "${cifar[@]}"
-part operation_sizes 60 "$python" bench/repulsion.py --device "$device" --out "$out" "${others[@]}"
-part step 110 "$python" bench/step.py --device "$device" --out "$out" "${step[@]}"
+part operation 90 "$python" bench/repulsion.py --device "$device" --out "$out" "${cifar[@]}"
+part operation_sizes 65 "$python" bench/repulsion.py --device "$device" --out "$out" "${others[@]}"
+part step 105 "$python" bench/step.py --device "$device" --out "$out" "${step[@]}"
 if [ -n "${FORDE_CHECKOUT:-}" ]; then
   part official 80 "$python" bench/official_jax.py --checkout "$FORDE_CHECKOUT" --members 10 --batch 128 --out "$out"
 fi

@@ -99,17 +99,6 @@ struct LowRankHostBlock : HostBlock<forde_fast::kLowRankThreads> {
   void fence_of_global() const {}
   void prefetch_rows() const {}
 
-  void sync_warp() const { Fibers::current->wait(own.warp[thread_ / 32], 32); }
-  void multiply_rows(float (&c)[8], const void* row) const {
-    const _Float16* rows[32];
-    for (int n = 0; n < 32; ++n) rows[n] = reinterpret_cast<const _Float16*>(uintptr_t(from_lane(double(uintptr_t(row)), n)));
-    for (int n = 0; n < 8; ++n) {
-      const int i = thread_ % 32 / 4 + n / 2 % 2 * 8, j = thread_ % 4 * 2 + n % 2 + n / 4 * 8;
-      double total = 0;
-      for (int k = 0; k < 16; ++k) total += double(rows[i + k / 8 * 16][k % 8]) * double(rows[j + k / 8 * 16][k % 8]);
-      c[n] = float(total);
-    }
-  }
   template <class Operand>
   Operand uniform(const Operand& x) const {
     return x;

@@ -44,7 +44,7 @@ struct LowRank {
 struct LowRankWorkspace {
   int64_t rows;    // double [M, blocks]: sums of a block's kernel values
   int64_t again;   // int: whether provisional norms were not good enough
-  int64_t pairs;   // float [items, kGroup, 10, 10]: distances without C of rows i < j, and squares of rows
+  int64_t pairs;   // float [items, kGroup, 64]: distances of pairs without C, and squares of rows behind them
   int64_t x;       // float [items, kTileRows, K]: contrasts times the factor, in the order of place_of_sum
   int64_t norms;   // float [G, 10]: provisional 1 / norm
   int64_t y;       // half [groups of samples, K / 8, kTileRows, 8]: x mixed by the weights, in units of its row
@@ -71,7 +71,6 @@ struct LowRankPlan {
   LowRankWorkspace at;
 };
 
-constexpr int kPairs = kLowRankMembers * kLowRankMembers;
 constexpr int kMixing = 12;             // numbers of a row on the way up, in three vectors
 constexpr int kLowRankShared = 232448;  // bytes that a block may need, all that a multiprocessor of Hopper has
 
@@ -98,7 +97,7 @@ inline LowRankPlan plan(const LowRank& f, int processors) {
   const auto take = [&at](int64_t bytes) { return std::exchange(at.size, at.size + up(bytes, 256) * 256); };
   at.rows = take(int64_t(f.members) * p.blocks * 8);
   at.again = take(4);
-  at.pairs = take(int64_t(p.items) * kGroup * kPairs * 4);
+  at.pairs = take(int64_t(p.items) * kGroup * 64 * 4);
   at.x = take(int64_t(p.items) * kTileRows * f.rank * 4);
   at.norms = take(rows * 4);
   at.y = take(rows * f.rank * 2);

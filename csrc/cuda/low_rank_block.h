@@ -88,19 +88,6 @@ struct LowRankBlock : DeviceBlock {
     wait_for_products_but<kPending>();
     for (int k = 0; k < 40; ++k) asm volatile("" : "+f"(c[k])::"memory");
   }
-  __device__ void sync_warp() const { __syncwarp(); }
-  // c = z z^T of 16 rows and 16 columns by a warp: lanes 0 to 15 say where 8 numbers of a row are, the others where its next
-  // 8. Of c a lane has rows lane / 4 and, from c[2] on, 8 below, columns 2 (lane % 4) and the next; from c[4] on columns 8 further.
-  __device__ void multiply_rows(float (&c)[8], const void* row) const {
-    uint32_t a[4];
-    for (float& x : c) x = 0;
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3]) : "r"(in_shared(row)) : "memory");
-    for (int n = 0; n < 2; ++n)
-      asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-                   : "+f"(c[4 * n]), "+f"(c[4 * n + 1]), "+f"(c[4 * n + 2]), "+f"(c[4 * n + 3])
-                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(a[n]), "r"(a[2 + n]));
-  }
   // x, which is the same in all lanes, for the compiler to know it: a product follows two instructions after another, not
   // eleven, when descriptors are found in the registers of a warp.
   __device__ Operand uniform(const Operand& x) const {

@@ -1,7 +1,7 @@
 // The way down of low_rank_kernel.h: x^T [K, rows] = F^T [K, D] z^T [D, rows] of contrasts z, and distances without F.
 //
-// A warp for each sample hands its contrasts on in float16 and has the matrix units find products of each with each, from
-// which distances come; the other warps multiply by them, one tile of columns behind, and have rows and F copied.
+// A warp for each sample finds its rows' distances from differences and hands contrasts on in float16; the other warps
+// multiply by them, one tile of columns behind, and have rows and F copied.
 #pragma once
 
 #include "low_rank_item.h"
@@ -19,8 +19,7 @@ struct ArrivalsDown {
 
 template <int kRank>
 struct SharedDown {
-  // Of 8 columns of z, bytes: behind the contrasts what each sample's row 0 has beyond c; the next ones begin in other banks.
-  static constexpr int kContrasts = (kTileRows + kGroup) * 16 + 16;
+  static constexpr int kContrasts = kTileRows * 16 + 16;  // bytes of 8 columns of z: the next ones begin in other banks
 
   RowTile rows[kRowStages];
   FactorTile<kRank> factor[kFactorStages];
@@ -122,7 +121,7 @@ struct RowsDown {
   int turn = 0;
   RowWarps<Block> warps{block};
 
-  static constexpr int kRows = kLowRankMembers;
+  static constexpr int kRows = kLowRankMembers, kPairs = kLowRankPairs;
 
   // A lane's part of the squares of a sample's rows: of 32 columns at a few places or, if `exact`, of all.
   FORDE_INLINE void add_squares(const float* rows, bool exact, float (&x)[kRows]) const {
@@ -158,76 +157,50 @@ struct RowsDown {
     FORDE_UNROLL for (int m = 0; m < kRows; ++m) rows[m] = load_two(from + m * kColumns);
   }
 
-  // Two columns of the sample for each lane: their part of the squares, and their contrasts: of row m > 0 what it has
-  // beyond c, which is contrast 0. And what row 0 has beyond c.
-  FORDE_INLINE void find_contrasts(const Two (&rows)[kRows], const float (&r)[kRows], float (&squares)[kRows], TwoHalves (&z)[kRows + 1]) const {
-    float s[2][kRows], c[2], total[2] = {};
+  // Two columns of the sample for each lane: their part of the distances, and their contrasts: of row m > 0 what it has
+  // beyond c, which is contrast 0.
+  FORDE_INLINE void add_pairs(const Two (&rows)[kRows], const float (&r)[kRows], float (&sums)[kPairs + kRows], TwoHalves (&z)[kRows]) const {
+    float s[2][kRows], total[2] = {};
     FORDE_UNROLL for (int m = 0; m < kRows; ++m)
-      FORDE_UNROLL for (int v = 0; v < 2; ++v) {
-        s[v][m] = rows[m].of[v] * r[m];
-        squares[m] = multiply_add(s[v][m], s[v][m], squares[m]);
-        if (m > 0) total[v] = multiply_add(p.share[m], s[v][0] - s[v][m], total[v]);
-      }
-    FORDE_UNROLL for (int v = 0; v < 2; ++v) c[v] = s[v][0] + total[v];
+      FORDE_UNROLL for (int v = 0; v < 2; ++v) s[v][m] = rows[m].of[v] * r[m];
+    FORDE_UNROLL for (int i = 0; i < kRows; ++i)
+      FORDE_UNROLL for (int j = i + 1; j < kRows; ++j)
+        FORDE_UNROLL for (int v = 0; v < 2; ++v) {
+          const float difference = s[v][i] - s[v][j];
+          sums[pair(i, j)] = multiply_add(difference, difference, sums[pair(i, j)]);
+          if (i == 0) total[v] = multiply_add(p.share[j], difference, total[v]);
+        }
+    FORDE_UNROLL for (int m = 0; m < kRows; ++m)
+      FORDE_UNROLL for (int v = 0; v < 2; ++v) sums[kPairs + m] = multiply_add(s[v][m], s[v][m], sums[kPairs + m]);
+    const float c[2] = {s[0][0] + total[0], s[1][0] + total[1]};
     z[0] = {{to_half(c[0]), to_half(c[1])}};
     FORDE_UNROLL for (int m = 1; m < kRows; ++m) z[m] = {{to_half(s[0][m] - c[0]), to_half(s[1][m] - c[1])}};
-    z[kRows] = {{to_half(s[0][0] - c[0]), to_half(s[1][0] - c[1])}};
-  }
-
-  // Products over a tile's columns of what rows have beyond c, each with each: parts of these, of which none waits for
-  // another, as the matrix units have more to do. In float32 they would be half of the arithmetic on this way.
-  FORDE_INLINE void multiply_rows(const char* z, float (&parts)[kColumns / 16][8]) const {
-    const int row = warps.lane() % 16, place = row == 0 ? kTileRows + warps.warp() : warps.warp() * kRows + (row < kRows ? row : kRows - 1);
-    const char* from = z + warps.lane() / 16 * SharedDown<kRank>::kContrasts + place * 16;
-    FORDE_UNROLL for (int k = 0; k < kColumns; k += 16) block.multiply_rows(parts[k / 16], from + k / 8 * SharedDown<kRank>::kContrasts);
-  }
-  // Not by the matrix units, which do not round to nearest: what they leave out would grow with D.
-  FORDE_INLINE void add_products(const float (&parts)[kColumns / 16][8], float (&products)[8]) const {
-    FORDE_UNROLL for (int n = 0; n < 8; ++n) products[n] += (parts[0][n] + parts[1][n]) + (parts[2][n] + parts[3][n]);
-  }
-
-  // |q_i - q_j|^2 from products of such rows q, of which equal ones have equal products; and |s'_i|^2 where i = j.
-  FORDE_INLINE void write_pairs(int item, const float (&products)[8], const float (&squares)[kRows]) const {
-    float* out = workspace<float>(f, p.at.pairs) + (int64_t(item) * kGroup + warps.warp()) * kPairs;
-    const int lane = warps.lane(), row = lane / 4, column = lane % 4 * 2;
-    const float low = row % 2 ? products[1] : products[0], high = row % 2 ? products[7] : products[6];  // on the diagonal in lanes 4 row + row / 2
-    FORDE_UNROLL for (int n = 0; n < 8; ++n) {
-      const int down = n / 2 % 2, right = n / 4, i = row + 8 * down, j = column + 8 * right + n % 2, k = column + n % 2;
-      const float a = block.from_lane(down ? high : low, 4 * row + row / 2), b = block.from_lane(right ? high : low, 4 * k + k / 2);
-      if (i < j && j < kRows) out[i * kRows + j] = (a + b - 2 * products[n]) / (kHalfUnit * kHalfUnit);
-    }
-    float total[1];
-    add_over_warp(block, squares, total);
-    if (lane < kRows) out[lane * (kRows + 1)] = total[0] / (kHalfUnit * kHalfUnit);
   }
 
   FORDE_INLINE void run(int item, bool exact) {
     warps.forget();
     const Range own = range(f, p, item);
     const bool there = own.first + warps.warp() < f.groups;
-    float squares[kRows] = {}, r[kRows], parts[kColumns / 16][8] = {}, products[8] = {};
-    Two rows[kRows];
+    float squares[kRows] = {}, r[kRows], sums[kPairs + kRows] = {};
     if (there) add_squares(f.particles + (own.first + warps.warp()) * f.stride_g, exact, squares);
     if (turn == 0) block.sync();  // arrivals are there
     find_norms(own, there, exact, squares, r);
-    FORDE_UNROLL for (int m = 0; m < kRows; ++m) squares[m] = 0;
+    Two rows[kRows];
     FORDE_ROLLED for (int tile = 0; tile < own.tiles(); ++tile) {
-      TwoHalves z[kRows + 1];
+      TwoHalves z[kRows];
       load(tile, rows);
-      find_contrasts(rows, r, squares, z);
-      add_products(parts, products);  // of the last tile
+      add_pairs(rows, r, sums, z);
       block.sync(kEmpty + tile % 2, kLowRankThreads);
-      char* const out = shared.z[tile % 2] + warps.lane() / 4 * SharedDown<kRank>::kContrasts + warps.lane() % 4 * 4;
-      FORDE_UNROLL for (int m = 0; m <= kRows; ++m)
-        *reinterpret_cast<TwoHalves*>(out + (m < kRows ? warps.warp() * kRows + m : kTileRows + warps.warp()) * 16) = z[m];
+      char* out = shared.z[tile % 2] + warps.lane() / 4 * SharedDown<kRank>::kContrasts + warps.warp() * kRows * 16 + warps.lane() % 4 * 4;
+      FORDE_UNROLL for (int m = 0; m < kRows; ++m) *reinterpret_cast<TwoHalves*>(out + m * 16) = z[m];
       block.fence();
       block.arrive(kFull + tile % 2, kLowRankThreads);
-      block.sync_warp();
-      multiply_rows(shared.z[tile % 2], parts);
     }
-    add_products(parts, products);
     turn += own.tiles();
-    write_pairs(item, products, squares);
+    float totals[2];
+    add_over_warp(block, sums, totals);
+    FORDE_UNROLL for (int part = 0; part < 2; ++part)
+      workspace<float>(f, p.at.pairs)[(int64_t(item) * kGroup + warps.warp()) * 64 + part * 32 + warps.lane()] = totals[part] / (kHalfUnit * kHalfUnit);
   }
 };
 

@@ -1,7 +1,7 @@
 // The kernel of low_rank.h, for any Block: low_rank.cu has the one of a GPU, tests/ one for the host.
 //
-// Three stages with a barrier over the grid between them. The way down: contrasts in float16 times F, and times each
-// other for distances without C, by the matrix units; then each sample's rule, from K columns; and the way up: what
+// Three stages with a barrier over the grid between them. The way down: contrasts in float16 times F by the matrix
+// units, while distances without C come from differences; then each sample's rule, from K columns; and the way up: what
 // is mixed of these columns times F^T by the matrix units, while the tail's part is mixed from the rows. On both ways
 // four warps of a block multiply and eight work on rows: they wait for each other's buffers only, so that copies,
 // products and arithmetic of different tiles of columns go on at once.
@@ -59,6 +59,7 @@ struct LowRankKernel {
     const RuleWithoutF<Block> rule{block, f, p, room_of_rule()};
     FORDE_ROLLED for (bool exact = false;; exact = true) {
       FORDE_ROLLED for (int item = block.index(); item < p.items; item += block.blocks()) down.run(item);
+      rule.clear();
       block.sync_grid();
       FORDE_ROLLED for (int sample = block.index(); sample < f.groups; sample += block.blocks()) {
         rule.find(sample);

@@ -8,6 +8,9 @@ namespace forde_fast {
 
 constexpr float kMixedUnit = 4096;  // the most that a number of `y` can be
 
+constexpr int kLowRankPairs = kLowRankMembers * (kLowRankMembers - 1) / 2;
+constexpr int pair(int i, int j) { return i * (2 * kLowRankMembers - i - 1) / 2 + j - i - 1; }  // i < j: row after row
+
 // What a sample's rule needs of shared memory.
 struct RuleOfSample {
   static constexpr int kRows = kLowRankMembers, kSquare = kRows * kRows;
@@ -24,7 +27,7 @@ struct RuleOfSample {
   float d[kSquare], lower[kRows], upper[kRows], r[kRows];
   double rho[kRows];
   float to_s[kRows], beyond[kRows];  // rho; rho less row 0's
-  double squares[kRows];  // of rows s'
+  double sums_near[64];  // without F: distances of pairs of rows s' and, behind them, squares
   double near[kSquare];  // distances of pairs of rows s
   float far[kSquare];    // with F
   float growth[kRows];   // of s^T F F^T s from row 0 to each
@@ -41,27 +44,29 @@ struct RuleWithoutF {
   const LowRankPlan& p;
   RuleOfSample& rule;
 
-  static constexpr int kRows = kLowRankMembers;
+  static constexpr int kRows = kLowRankMembers, kPairs = kLowRankPairs;
 
-  // The sum over the splits for rows i <= j: their distance, or a square, and what comes of it.
-  FORDE_INLINE double add_splits(int sample, int i, int j) const {
-    const double r = i == j ? workspace<float>(f, p.at.norms)[sample * kRows + i] : 0;
-    const float* pairs = workspace<float>(f, p.at.pairs) + (int64_t(sample / kGroup) * p.splits * kGroup + sample % kGroup) * kPairs + i * kRows + j;
+  // Sums over the splits, a thread's pair or square; and 1 / norm.
+  FORDE_INLINE void add_splits(int sample) const {
+    const int thread = block.thread();
+    if (thread >= 64) return;
+    const bool squares = thread >= kPairs && thread < kPairs + kRows;
+    const double r = squares ? workspace<float>(f, p.at.norms)[sample * kRows + thread - kPairs] : 0;
+    const float* pairs = workspace<float>(f, p.at.pairs) + (int64_t(sample / kGroup) * p.splits * kGroup + sample % kGroup) * 64 + thread;
     double total = 0;
     FORDE_ROLLED for (int split = 0; split < p.splits; split += kSplits) {
       float own[kSplits];
-      FORDE_UNROLL for (int n = 0; n < kSplits; ++n) own[n] = split + n < p.splits ? pairs[(split + n) * kGroup * kPairs] : 0;
+      FORDE_UNROLL for (int n = 0; n < kSplits; ++n) own[n] = split + n < p.splits ? pairs[(split + n) * kGroup * 64] : 0;
       FORDE_UNROLL for (int n = 0; n < kSplits; ++n) total += own[n];
     }
-    if (i == j) {
-      const double rho = i < f.members ? inverse_root(total + f.eps * r * r) : 1;
-      rule.squares[i] = total;
-      rule.rho[i] = rho;
-      rule.to_s[i] = float(rho);
-      rule.r[i] = float(r * rho);
-      if (!(rho > kLeastRho && rho < kMostRho)) *workspace<int>(f, p.at.again) = 1;
-    }
-    return total;
+    rule.sums_near[thread] = total;
+    if (!squares) return;
+    const int m = thread - kPairs;
+    const double rho = m < f.members ? inverse_root(total + f.eps * r * r) : 1;
+    rule.rho[m] = rho;
+    rule.to_s[m] = float(rho);
+    rule.r[m] = float(r * rho);
+    if (!(rho > kLeastRho && rho < kMostRho)) *workspace<int>(f, p.at.again) = 1;
   }
 
   // Of rows that are not there.
@@ -72,16 +77,15 @@ struct RuleWithoutF {
   FORDE_INLINE void find(int sample) const {
     const unsigned thread = block.thread(), i = thread / kRows, j = thread % kRows;
     static_assert(rule.kSquare <= kProductThreads, "");
-    clear();
-    const double total = i < kRows ? add_splits(sample, i < j ? i : j, i < j ? j : i) : 0;
+    add_splits(sample);
     block.sync(kProductBarrier, kProductThreads);
     if (thread < kRows) rule.beyond[thread] = float(rule.rho[thread] - rule.rho[0]);
     const unsigned M = f.members;
     if (i >= M || j >= M) return;
     double near = 0;
     if (i != j) {
-      const double a = rule.rho[i], b = rule.rho[j], of_pair = a * b * total;
-      near = of_pair + (a - b) * (a * rule.squares[i] - b * rule.squares[j]);
+      const double a = rule.rho[i], b = rule.rho[j], of_pair = a * b * rule.sums_near[i < j ? pair(i, j) : pair(j, i)];
+      near = of_pair + (a - b) * (a * rule.sums_near[kPairs + i] - b * rule.sums_near[kPairs + j]);
       near = near < 0 ? 0 : near;  // NaN stays NaN
       if (of_pair > 4 * near) *workspace<int>(f, p.at.again) = 1;
     }
@@ -209,7 +213,7 @@ struct LowRankRule {
     const int column = block.thread(), row = sample % kGroup * kRows;
     if (column >= kRank) return;
     Half* y = workspace<Half>(f, p.at.y) + int64_t(sample / kGroup) * kTileRows * kRank + column / 8 * (kTileRows * 8) + row * 8 + column % 8;
-    FORDE_ROLLED for (int i = 0; i < f.members; i += 2, y += 16) {
+    FORDE_ROLLED for (int i = 0; i < f.members; i += 2, y += 16) {  // two, of which none waits for the other
       float total[2] = {}, own[2];
       Four weights[2][kMixing / 4];
       FORDE_UNROLL for (int n = 0; n < 2; ++n) {
