@@ -1,6 +1,9 @@
 """Scripts of bench/: the table of cheaper repulsion, and what stands in for the published program's surroundings."""
 
+import ctypes
 import importlib
+import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -69,3 +72,20 @@ def test_what_stands_side_by_side_is_of_one_run(script):
     ((case, found),) = report.newest(runs, "cpu", "one").items()
     assert case == (10, 128, 3072, "identity")
     assert {name: row["ms"] for name, row in found.items()} == {"compiled": "5", "cpp": "3"}
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+def test_kernels_of_a_tree_are_built_once(script, tmp_path, capsys, monkeypatch):
+    """By themselves, with a function that ctypes finds; what takes a GPU says so before anything is built."""
+    low_rank = script("low_rank")
+    monkeypatch.setattr(low_rank.torch.cuda, "is_available", lambda: False)
+    for arguments, message in (([str(tmp_path)], "TREE: expected a folder"), ([str(BENCH.parent)], "needs a CUDA")):
+        with pytest.raises(SystemExit):
+            low_rank.main(arguments)
+        assert message in capsys.readouterr().err
+    shutil.copytree(BENCH.parent / "csrc", tmp_path / "csrc")
+    low_rank.main(["--build", str(tmp_path)])
+    assert ctypes.CDLL(str(tmp_path / "low_rank.so")).low_rank
+    os.utime(tmp_path / "low_rank.so", (2e9, 2e9))
+    low_rank.main(["--build", str(tmp_path)])
+    assert (tmp_path / "low_rank.so").stat().st_mtime == 2e9
