@@ -159,6 +159,7 @@ class Run:
         """
         self.prepare(resume)
         if self.finished:
+            self.mesh.leave()
             return json.loads((self.folder / "metrics.json").read_text(encoding="utf-8"))
         if progress:
             self.watch = functools.partial(watched, title=f"{self.config.method}: corrupted test sets")
@@ -244,6 +245,7 @@ class Run:
                 if asked:
                     self.checkpoints.finish()
                     self.mesh.wait()
+                    self.mesh.leave()
                     raise Interrupted(asked)
 
             def on_step(epoch: int, log: Log) -> None:
@@ -275,6 +277,7 @@ class Run:
                 raise guards.OutOfMemory(self._what_fits(trainer, loader)) from None
             self.checkpoints.finish()
             self.mesh.wait()
+            self.mesh.leave()
             stop.waits = False
         return time.perf_counter() - start
 

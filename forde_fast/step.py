@@ -235,6 +235,9 @@ class Alone:
     def wait(self) -> None:
         """Until all ranks are here."""
 
+    def leave(self) -> None:
+        """The last call."""
+
 
 ALONE = Alone()
 

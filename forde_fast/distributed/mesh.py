@@ -46,7 +46,8 @@ class Mesh(Alone):
     def __init__(self, members: int, data_parts: int | None = None, synchronise: bool = True, device: str = "cpu"):
         validation.whole(members, "members")
         kind = torch.device(device).type
-        if not dist.is_initialized():
+        self._opened = not dist.is_initialized()
+        if self._opened:
             join("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
         ranks = dist.get_world_size()
         parts = best_parts(members, ranks) if data_parts is None else data_parts
@@ -194,6 +195,14 @@ class Mesh(Alone):
     def wait(self) -> None:
         """Until all ranks are here."""
         self.total(torch.zeros(()))
+
+    def leave(self) -> None:
+        """The last call, where all ranks come to it: ends the group if this mesh has opened it, with gloo's threads.
+        A process that ends before they do is now and then aborted, as they still hold Python's tensors (pytorch's
+        pull request 179291)."""
+        self._asked = self.grid = self.member_group = self.data_group = None
+        if self._opened:
+            dist.destroy_process_group()
 
     def gather_members(self, rows: Tensor) -> Tensor:
         """rows [M_own, ...] -> [M, ...] on every rank of the member group."""
