@@ -244,7 +244,6 @@ class Run:
                     keep()
                 if asked:
                     self.checkpoints.finish()
-                    self.mesh.wait()
                     self.mesh.leave()
                     raise Interrupted(asked)
 
@@ -276,7 +275,6 @@ class Run:
                 error.__traceback__ = None  # it holds the graphs
                 raise guards.OutOfMemory(self._what_fits(trainer, loader)) from None
             self.checkpoints.finish()
-            self.mesh.wait()
             self.mesh.leave()
             stop.waits = False
         return time.perf_counter() - start

@@ -232,11 +232,8 @@ class Alone:
         """What `call` returns where the first rank runs."""
         return call()
 
-    def wait(self) -> None:
-        """Until all ranks are here."""
-
     def leave(self) -> None:
-        """The last call."""
+        """The last call, for which all ranks wait."""
 
 
 ALONE = Alone()

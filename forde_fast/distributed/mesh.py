@@ -192,14 +192,11 @@ class Mesh(Alone):
             raise ValueError(found["error"])
         return found[0]
 
-    def wait(self) -> None:
-        """Until all ranks are here."""
-        self.total(torch.zeros(()))
-
     def leave(self) -> None:
-        """The last call, where all ranks come to it: ends the group if this mesh has opened it, with gloo's threads.
-        A process that ends before they do is now and then aborted, as they still hold Python's tensors (pytorch's
-        pull request 179291)."""
+        """The last call, for which all ranks wait: ends the group if this mesh has opened it, with gloo's threads. A
+        process that ends before they do is now and then aborted, as they still hold Python's tensors (pytorch's pull
+        request 179291)."""
+        self.total(torch.zeros(()))
         self._asked = self.grid = self.member_group = self.data_group = None
         if self._opened:
             dist.destroy_process_group()
