@@ -12,8 +12,7 @@ import json
 import os
 import shlex
 import shutil
-import time
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -36,18 +35,18 @@ from forde_fast.data import (
 )
 from forde_fast.data.corruptions.weather import texture_folder
 from forde_fast.ensemble import Ensemble
-from forde_fast.evaluation import METRICS, score_members
+from forde_fast.evaluation import score_members
 from forde_fast.files import make_folder, write
+from forde_fast.keeping import Keeper
 from forde_fast.methods import SHARED, make
 from forde_fast.scoring import flat, score_run
-from forde_fast.signals import Interrupted, StopSignals
+from forde_fast.signals import StopSignals
 from forde_fast.step import ALONE
 from forde_fast.strategies import LOOP, Graphs
-from forde_fast.trainer import Log, Trainer
+from forde_fast.trainer import Trainer
 from forde_fast.validation import expect
-from forde_fast.watching import JSONLines, Progress, TensorBoard, append_line, check_tensorboard, keep_lines, watched
+from forde_fast.watching import check_tensorboard, watched
 
-FAILED = 255  # what a rank says whose checkpoint could not be written, among the numbers of signals
 FILES = ("config.toml", "log.jsonl", "epochs.jsonl", "checkpoints", "checkpoint.safetensors", "metrics.json")
 
 
@@ -73,7 +72,7 @@ class Run:
                 config.members, distributed.ranks(), config.batch_size
             )
             self.mesh = distributed.Mesh(config.members, parts, config.sync_batchnorm, self.device.type)
-        self._own = range(config.members)[self.mesh.own]
+        self.own = range(config.members)[self.mesh.own]
         self.checkpoints = Checkpoints(self.folder / "checkpoints", self.mesh.rank, self.mesh.ranks)
         self.data = load(config.data, config.data_dir, config.download) if data is None else data
         parts = []
@@ -121,7 +120,7 @@ class Run:
         step, damaged = self.mesh.told(lambda: self._look(resume))
         self.damaged = [Path(path) for path in damaged]
         if step is not None:
-            self.state = self.checkpoints.read(step, self._own)
+            self.state = self.checkpoints.read(step, self.own)
             self.ensemble.check_state(self.state["ensemble"])
         self._prepared = True
 
@@ -171,7 +170,11 @@ class Run:
             trainer.load_state_dict(self.state)
             seconds = self.state.get("seconds", 0.0)
         with StopSignals() as stop, self._threads():
-            seconds += self._fit(trainer, loader, stop, seconds, progress and self.mesh.rank == 0)
+            with Keeper(self, trainer, loader, stop, seconds, progress) as keeper:
+                stop.waits = True
+                self._fit(trainer, loader, keeper)
+                stop.waits = False
+            seconds = keeper.seconds
             if self.mesh.rank:
                 return {}
             if self.mesh is not ALONE:  # all members, from what all ranks kept at the end
@@ -209,75 +212,15 @@ class Run:
         labels = self.labels.to(self.device)
         return trainer, Loader(x, labels, config.batch_size, augment=config.augment, seed=config.seed)
 
-    def _fit(self, trainer: Trainer, loader: Loader, stop: StopSignals, before: float, progress: bool) -> float:
-        """Train and keep checkpoints; returns the seconds that it took, `before` being those of earlier parts."""
-        start, every, first = time.perf_counter(), self.config.checkpoint_every, self.mesh.rank == 0
-        with ExitStack() as opened:
-            lines = board = bar = None
-            if first:
-                lines = opened.enter_context(JSONLines(self.folder / "log.jsonl", trainer, trainer.steps))
-                if progress:
-                    steps = self.config.epochs * len(loader)
-                    bar = opened.enter_context(Progress(trainer, steps, self.config.method))
-                if self.config.tensorboard:
-                    board = opened.enter_context(TensorBoard(self.folder / "tensorboard", trainer))
-            on_steps = [call for call in (lines, bar, board and board.on_step) if call is not None]
-
-            kept = start
-
-            def keep() -> None:
-                nonlocal kept
-                kept = time.perf_counter()
-                guards.check_state(self.ensemble, trainer.steps, self._own.start)
-                if first:
-                    lines.flush()
-                state = {**trainer.state_dict(), "seconds": before + time.perf_counter() - start}
-                self.checkpoints.begin(state, self._own, self.mesh.column == 0)
-
-            def go_on(due: bool) -> None:
-                """Keep what is due, and stop all ranks where one has to."""
-                asked = self.mesh.agree(FAILED if self.checkpoints.error else stop.number)
-                if asked == FAILED:
-                    self.checkpoints.finish()
-                    raise OSError("another rank could not keep its checkpoint")
-                if due or asked:
-                    keep()
-                if asked:
-                    self.checkpoints.finish()
-                    self.mesh.leave()
-                    raise Interrupted(asked)
-
-            def on_step(epoch: int, log: Log) -> None:
-                for call in on_steps:
-                    call(epoch, log)
-                go_on(every is not None and trainer.steps % every == 0)
-
-            def on_epoch(epoch: int, mean: Log) -> None:
-                numbers = {"step": trainer.steps, "epoch": epoch, "cross_entropy": float(mean.cross_entropy)}
-                if len(self.valid_labels):
-                    scores = self._validate()
-                    numbers |= {f"validation_{name}": scores[name] for name in METRICS}
-                if board is not None:
-                    board.on_epoch(epoch, mean)
-                if first:
-                    append_line(self.folder / "epochs.jsonl", numbers)
-                go_on(self.mesh is not ALONE or time.perf_counter() - kept >= self.rest)  # all ranks, or none
-
-            if first:
-                whole = trainer.position.batch == 0  # else the epoch's line, if there is one, comes again
-                keep_lines(self.folder / "epochs.jsonl", trainer.steps - (not whole))
-            stop.waits = True
-            try:
-                trainer.fit(loader, self.config.epochs, on_step=on_step, on_epoch=on_epoch)
-            except Exception as error:
-                if not guards.is_memory(error):
-                    raise
-                error.__traceback__ = None  # it holds the graphs
-                raise guards.OutOfMemory(self._what_fits(trainer, loader)) from None
-            self.checkpoints.finish()
-            self.mesh.leave()
-            stop.waits = False
-        return time.perf_counter() - start
+    def _fit(self, trainer: Trainer, loader: Loader, keeper: Keeper) -> None:
+        try:
+            trainer.fit(loader, self.config.epochs, on_step=keeper.on_step, on_epoch=keeper.on_epoch)
+        except Exception as error:
+            if not guards.is_memory(error):
+                raise
+            error.__traceback__ = None  # it holds the graphs
+            raise guards.OutOfMemory(self._what_fits(trainer, loader)) from None
+        keeper.finish()
 
     def _what_fits(self, trainer: Trainer, loader: Loader) -> str:
         x, y = loader.images[: loader.batch_size], loader.labels[: loader.batch_size]
@@ -302,7 +245,7 @@ class Run:
             return nullcontext()
         return threads.suited(self.ensemble.members[0], self.normalisation(self.images[: self.config.batch_size]))
 
-    def _validate(self) -> dict:
+    def validate(self) -> dict:
         return flat(score_members(self.predict(self.valid_images), self.valid_labels))
 
     def predict(self, images: Tensor | np.ndarray) -> Tensor:

@@ -18,13 +18,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from forde_fast import validation
 from forde_fast.ensemble import Ensemble
 from forde_fast.methods import Method
 from forde_fast.operators import UNUSABLE
-from forde_fast.repulsion import repulsion
+from forde_fast.repulsion import check_backend, repulsion
 from forde_fast.rule import FLOOR, Median, median
 from forde_fast.strategies import LOOP, Graphs, Strategy
 from forde_fast.types import Repulsion
+from forde_fast.validation import expect
 
 # repelled steps between measurements of gradient_ratio, each of which costs a backward pass, and of two more
 RATIO_EVERY = 10
@@ -90,6 +92,17 @@ class Objective:
     repulsion_every: int = 1
     repulsion_samples: int | None = None
 
+    def __post_init__(self):
+        expect(isinstance(self.method, Method), "method", "a Method", type(self.method).__name__, TypeError)
+        validation.lengthscale(self.lengthscale)
+        validation.positive(self.repulsion_weight, "repulsion_weight", allow_zero=True)
+        validation.positive(self.eps, "eps")
+        check_backend(self.backend)
+        expect(callable(self.loss), "loss", "a callable (outputs, y) -> []", self.loss, TypeError)
+        validation.whole(self.repulsion_every, "repulsion_every")
+        if self.repulsion_samples is not None:
+            validation.whole(self.repulsion_samples, "repulsion_samples")
+
     def repels(self, members: int) -> bool:
         return self.method.space is not None and members > 1 and self.repulsion_weight != 0
 
@@ -110,10 +123,17 @@ class Objective:
 class SGD:
     """v <- momentum v + g;  theta <- theta - lr (g + momentum v), or - lr v without Nesterov; g has weight decay."""
 
-    lr: float | Tensor = 0.1  # a tensor [] where a CUDA graph is to read it anew at every replay
+    lr: float = 0.1
     momentum: float = 0.9
     nesterov: bool = True
     weight_decay: float = 5e-4
+
+    def __post_init__(self):
+        validation.positive(self.lr, "lr")
+        validation.positive(self.momentum, "momentum", allow_zero=True)
+        expect(self.momentum < 1, "momentum", "a number below 1", self.momentum)
+        validation.truth(self.nesterov, "nesterov")
+        validation.positive(self.weight_decay, "weight_decay", allow_zero=True)
 
 
 def init(ensemble: Ensemble) -> State:
@@ -140,27 +160,31 @@ def update(
     return State(parameters, velocity, buffers, state.step + 1), log
 
 
-def descend_(parameters: Tensor, velocity: Tensor, g: Tensor, sgd: SGD) -> None:
+def descend_(parameters: Tensor, velocity: Tensor, g: Tensor, sgd: SGD, rate: float | Tensor = 1.0) -> None:
     """SGD's update of parameters, velocity and g [M, P], in place; torch.optim.SGD's operations in its order, on the
-    CPU in one pass over memory with the same bits, on CUDA its fused kernel."""
-    plain = not isinstance(sgd.lr, Tensor) and all(t.is_contiguous() for t in (parameters, velocity, g))
+    CPU in one pass over memory with the same bits, on CUDA its fused kernel.
+
+    rate  factor of the learning rate: a tensor [] where a CUDA graph is to read it anew at every replay
+    """
+    lr = sgd.lr * rate
+    plain = not isinstance(lr, Tensor) and all(t.is_contiguous() for t in (parameters, velocity, g))
     if plain and not UNUSABLE["cpp"] and parameters.device.type == "cpu" and parameters.dtype.itemsize >= 4:
-        torch.ops.forde_fast.descend_(parameters, velocity, g, sgd.lr, sgd.momentum, sgd.weight_decay, sgd.nesterov)
+        torch.ops.forde_fast.descend_(parameters, velocity, g, lr, sgd.momentum, sgd.weight_decay, sgd.nesterov)
         return
     if parameters.is_cuda and parameters.dtype == torch.float32 and sgd.momentum:
-        rate = sgd.lr.float() if isinstance(sgd.lr, Tensor) else sgd.lr
         torch._fused_sgd_(
-            [parameters], [g], [velocity], weight_decay=sgd.weight_decay, momentum=sgd.momentum, lr=rate,
+            [parameters], [g], [velocity], weight_decay=sgd.weight_decay, momentum=sgd.momentum,
+            lr=lr.float() if isinstance(lr, Tensor) else lr,
             dampening=0.0, nesterov=sgd.nesterov, maximize=False, is_first_step=False,
         )  # fmt: skip
         return
     g.add_(parameters, alpha=sgd.weight_decay)
     velocity.mul_(sgd.momentum).add_(g)
     direction = g.add_(velocity, alpha=sgd.momentum) if sgd.nesterov else velocity
-    if isinstance(sgd.lr, Tensor):
-        parameters.addcmul_(direction, sgd.lr.to(parameters.dtype), value=-1)
+    if isinstance(lr, Tensor):
+        parameters.addcmul_(direction, lr.to(parameters.dtype), value=-1)
     else:
-        parameters.add_(direction, alpha=-sgd.lr)
+        parameters.add_(direction, alpha=-lr)
 
 
 class Alone:

@@ -18,7 +18,6 @@ from forde_fast.checkpoint import FOREIGN, check_trained
 from forde_fast.choice import choose
 from forde_fast.ensemble import Ensemble, split_row
 from forde_fast.methods import Method, resolve
-from forde_fast.repulsion import check_backend
 from forde_fast.step import (
     ALONE,
     MEASURED,
@@ -51,6 +50,15 @@ class Position(NamedTuple):
     epoch: int = 0
     batch: int = 0
     loader_epoch: int | None = None
+
+
+def _made(optimizer: Callable, ensemble: Ensemble) -> torch.optim.Optimizer:
+    """What the callable makes of the members' parameters."""
+    made = optimizer([p for p in ensemble.parameters() if p.requires_grad])
+    usable = isinstance(made, torch.optim.Optimizer) and not isinstance(made, torch.optim.LBFGS)
+    expected = "a callable that makes a torch.optim.Optimizer whose step needs no closure"
+    expect(usable, "optimizer", expected, type(made).__name__, TypeError)
+    return made
 
 
 class Trainer:
@@ -112,31 +120,18 @@ class Trainer:
                  memory_budget: int | None = None):  # fmt: skip
         expect(isinstance(ensemble, Ensemble), "ensemble", "an Ensemble", type(ensemble).__name__, TypeError)
         ensemble.check_built()
-        for name, value in (
-            ("repulsion_weight", repulsion_weight),
-            ("momentum", momentum),
-            ("weight_decay", weight_decay),
-        ):
-            validation.positive(value, name, allow_zero=True)
-        expect(momentum < 1, "momentum", "a number below 1", momentum)
-        validation.positive(eps, "eps")
-        expect(isinstance(mesh, Alone), "mesh", "a distributed.Mesh", type(mesh).__name__, TypeError)
-        validation.positive(lr, "lr")
-        check_backend(backend)
-        validation.lengthscale(lengthscale)
         method = resolve(method)
         lengthscale = method.lengthscale if lengthscale is None else lengthscale
+        self.objective = Objective(method, lengthscale, repulsion_weight, eps, backend, loss,
+                                   repulsion_every, repulsion_samples)  # fmt: skip
+        self.sgd = SGD(lr, momentum, nesterov, weight_decay)
         getattr(method.space, "check", lambda ensemble: None)(ensemble)
-        expect(callable(loss), "loss", "a callable (outputs, y) -> []", loss, TypeError)
+        expect(isinstance(mesh, Alone), "mesh", "a distributed.Mesh", type(mesh).__name__, TypeError)
         given = optimizer is None or callable(optimizer)
         expect(given, "optimizer", "a callable that takes parameters", type(optimizer).__name__, TypeError)
         validation.whole(seed, "seed", least=0)
-        validation.truth(nesterov, "nesterov")
         validation.truth(accelerate, "accelerate")
         validation.one_of(strategy, "strategy", ("auto", *KINDS))
-        validation.whole(repulsion_every, "repulsion_every")
-        if repulsion_samples is not None:
-            validation.whole(repulsion_samples, "repulsion_samples")
         if memory_budget is not None:
             validation.whole(memory_budget, "memory_budget")
             expect(members_at_a_time is None, "memory_budget", "None beside members_at_a_time", memory_budget)
@@ -147,24 +142,14 @@ class Trainer:
         self._strategy = Strategy("loop", members_at_a_time, precision)  # `strategy` goes into it at the first step
         self.ensemble, self.mesh = ensemble, mesh
         self.members = mesh.members(ensemble)  # M; the ensemble has those of this rank
-        self.objective = Objective(method, lengthscale, repulsion_weight, eps, backend, loss,
-                                   repulsion_every, repulsion_samples)  # fmt: skip
         # where nothing repels there is no second-order pass, and training on a CPU stays plain PyTorch's to the byte
         # unless strategy="auto" finds other layers faster; on a GPU the layers pay in the first order too
         self._may_accelerate = accelerate
         self._accelerate = accelerate and (self.objective.repels(self.members) or ensemble.flat.is_cuda)
         self.acceleration = second_order.accelerate(ensemble) if self._accelerate else second_order.Acceleration()
         mesh.prepare(ensemble, strategy)
-        self.sgd = SGD(lr, momentum, nesterov, weight_decay)
         self.velocity = torch.zeros_like(ensemble.flat)
-        self.optimizer = None
-        if optimizer is not None:
-            parameters = [p for p in ensemble.parameters() if p.requires_grad]
-            self.optimizer = optimizer(parameters)
-            made = type(self.optimizer)
-            usable = issubclass(made, torch.optim.Optimizer) and not issubclass(made, torch.optim.LBFGS)
-            expected = "a callable that makes a torch.optim.Optimizer whose step needs no closure"
-            expect(usable, "optimizer", expected, made.__name__, TypeError)
+        self.optimizer = None if optimizer is None else _made(optimizer, ensemble)
         self.seed = seed
         self.steps = self.epochs = 0  # done
         self.rows = 0  # members x samples of the last step
@@ -234,7 +219,7 @@ class Trainer:
             g, log = self._guarded(given, x, y)
         with torch.no_grad():
             if self.optimizer is None:
-                descend_(flat, self.velocity, g, replace(self.sgd, lr=self.sgd.lr * rate))
+                descend_(flat, self.velocity, g, self.sgd, rate)
             else:
                 self._step_with_optimizer(g, rate)
         return log

@@ -98,6 +98,44 @@ def _store_contrasts(contrasts, s, size, d, D, M: tl.constexpr, WEIGHT: tl.const
 
 
 @triton.jit
+def _load_columns(
+    particles, product, contrasts, r, first, d, D, size, particles_m, product_m,
+    M: tl.constexpr, SOURCE: tl.constexpr, NORM: tl.constexpr, CONTRASTS: tl.constexpr, WEIGHT: tl.constexpr,
+    CONTRASTS_UNIT: tl.constexpr, V: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """In V parts columns of the rows, of q without row 0, and of what coordinates lack; () for what is not read."""
+    rows = ()
+    w = ()
+    shift = ()
+    if SOURCE != "particles":
+        w = _split(_load_rows(product, product_m, first, M, d, D, M - 1, ACC), M - 1, V)
+    if SOURCE == "coordinates":
+        shift = _split((_load_row(product + (first + (M - 1)) * product_m, d, D, ACC),), 1, V)
+    else:
+        rows = _load_rows(particles, particles_m, first, M, d, D, M, ACC)
+        if CONTRASTS:
+            if NORM != "unit":
+                rows = _scale(rows, r, M)
+            _store_contrasts(contrasts, rows, size, d, D, M, WEIGHT, CONTRASTS_UNIT)
+        rows = _split(rows, M, V)
+    return rows, w, shift
+
+
+@triton.jit
+def _store_rule(distances, bandwidth, exact, parts, G, M: tl.constexpr, LOG_COUNT: tl.constexpr, FLOOR: tl.constexpr):
+    """Medians of the sample's distances, which this program has stored, and sums of its kernel values."""
+    tl.debug_barrier()  # other threads have stored them
+    j, i = tl.arange(0, 16)[:, None], tl.arange(0, 16)[None, :]
+    inside = (i < M) & (j < M)
+    d = tl.load(distances + (i * M + j).to(tl.int64) * G, mask=inside, other=float("inf"))
+    h, kernel = _medians(d, inside, M, LOG_COUNT, FLOOR)
+    row = tl.arange(0, 16).to(tl.int64)
+    tl.store(bandwidth + row * G, h, mask=row < M)
+    tl.store(exact + row * G, h, mask=row < M)
+    tl.store(parts + row * G, tl.sum(kernel, 0), mask=row < M)
+
+
+@triton.jit
 def _pair_distances_kernel(
     particles,  # [M, G, D], read unless SOURCE is "coordinates"
     product,  # q, read unless SOURCE is "particles": [M - 1, G, D]; of "coordinates" and in row M - 1 what all lack
@@ -133,6 +171,7 @@ def _pair_distances_kernel(
     size = (g * 0 + G) * D
     particles += g * particles_g
     product += g * product_g
+    contrasts += g * D
     inverse_norm += g
     distances += split * (M * M) * G + g
     alignments += split * (M * M) * G + g
@@ -151,20 +190,10 @@ def _pair_distances_kernel(
     first_step = split.to(tl.int32) * STEPS
     for step in range(STEPS):
         d = (first_step + step) * (LANES * V) + _columns(LANES, V)
-        w = ()
-        shift = ()
-        if SOURCE != "particles":
-            w = _split(_load_rows(product, product_m, first, M, d, D, M - 1, ACC), M - 1, V)
-        if SOURCE == "coordinates":
-            shift = _split((_load_row(product + (first + (M - 1)) * product_m, d, D, ACC),), 1, V)
-            p = w
-        else:
-            rows = _load_rows(particles, particles_m, first, M, d, D, M, ACC)
-            if CONTRASTS:
-                if NORM != "unit":
-                    rows = _scale(rows, r, M)
-                _store_contrasts(contrasts + g * D, rows, size, d, D, M, WEIGHT, CONTRASTS_UNIT)
-            p = _split(rows, M, V)
+        p, w, shift = _load_columns(
+            particles, product, contrasts, r, first, d, D, size, particles_m, product_m,
+            M, SOURCE, NORM, CONTRASTS, WEIGHT, CONTRASTS_UNIT, V, ACC,
+        )  # fmt: skip
         for v in tl.static_range(V):
             u = ()
             if SOURCE == "coordinates":
@@ -182,31 +211,9 @@ def _pair_distances_kernel(
                 square = (tl.fma(s[0], s[0], square[0]),)
             distance, excess = _add_pairs(distance, excess, q, s, u, M)
 
-    tail_distances += g
-    tail_alignments += g
     _store_all(
-        distances,
-        alignments,
-        tail_distances,
-        tail_alignments,
-        distance,
-        excess,
-        square,
-        G,
-        M,
-        UNIT,
-        TAIL,
-        HAS_TAIL,
-        WHOLE,
-        ACC,
-    )
+        distances, alignments, tail_distances + g, tail_alignments + g, distance, excess, square, G,
+        M, UNIT, TAIL, HAS_TAIL, WHOLE, ACC,
+    )  # fmt: skip
     if RULE:
-        tl.debug_barrier()  # the medians are of what other threads have stored
-        j, i = tl.arange(0, 16)[:, None], tl.arange(0, 16)[None, :]
-        inside = (i < M) & (j < M)
-        d = tl.load(distances + (i * M + j).to(tl.int64) * G, mask=inside, other=float("inf"))
-        h, kernel = _medians(d, inside, M, LOG_COUNT, FLOOR)
-        row = tl.arange(0, 16).to(tl.int64)
-        tl.store(bandwidth + row * G + g, h, mask=row < M)
-        tl.store(exact + row * G + g, h, mask=row < M)
-        tl.store(parts + row * G + g, tl.sum(kernel, 0), mask=row < M)
+        _store_rule(distances, bandwidth + g, exact + g, parts + g, G, M, LOG_COUNT, FLOOR)

@@ -20,9 +20,22 @@ from trainer_cases import (
 import forde_fast as ff
 from forde_fast import reference
 from forde_fast.testing import make_pca
-from forde_fast.trainer import Objective, gradient, init
+from forde_fast.trainer import SGD, Objective, gradient, init
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.mark.parametrize(("make", "message"), [
+    (lambda: Objective("forde"), "^method: expected a Method, got str"),
+    (lambda: Objective(ff.Method(None), repulsion_weight=-1), "^repulsion_weight: expected a finite number >= 0"),
+    (lambda: Objective(ff.Method(None), backend="cub"), "^backend: expected one of auto, reference, "),
+    (lambda: Objective(ff.Method(None), repulsion_samples=0), "^repulsion_samples: expected a whole number >= 1"),
+    (lambda: SGD(lr=0), "^lr: expected a finite number > 0, got 0"),
+    (lambda: SGD(momentum=1), "^momentum: expected a number below 1, got 1"),
+])  # fmt: skip
+def test_what_is_descended_and_how_are_checked_when_they_are_made(make, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        make()
 
 
 # ---------------------------------------------------------------- the pull-back

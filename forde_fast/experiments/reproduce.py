@@ -63,7 +63,7 @@ class TunedRun(Trial):
     corrupted: Callable[[Run], Corrupted]
 
     def evaluate(self) -> dict:
-        validation = self._validate()
+        validation = self.validate()
         return {"validation": validation, "validation_corrupted": score_corrupted(self.predict, self.corrupted(self))}
 
 
