@@ -11,25 +11,42 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from forde_fast import printing
+from forde_fast import benchmark, distributed, plots, printing
+from forde_fast.config import FIELDS, MOVABLE, TrainConfig, read, resumed
+from forde_fast.data import load, write_corrupted
+from forde_fast.data.corruptions import CORRUPTIONS, PRESETS
+from forde_fast.data.datasets import DATASETS
+from forde_fast.doctor import examine, read_log
 from forde_fast.experiments import commands
+from forde_fast.files import make_folder
+from forde_fast.info import info
 from forde_fast.parsing import Parser, rank
+from forde_fast.run import Run, open_run
+from forde_fast.signals import Interrupted
+from forde_fast.validation import NotFinite, expect, one_of, whole
+from forde_fast.verify import HEAD, cells, verify
+from forde_fast.watching import watched
 
+SPLIT = ("train", "compare")  # over several processes
 COMPARED = "de,forde-identity,forde-pca,forde-tuned"
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = Parser(prog="forde-fast", description="First-order repulsive deep ensembles.")
     parser.add_argument("--version", action="version", version=f"forde-fast {printing.version()}")
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
+    subparsers = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
     for name, add in COMMANDS.items():
-        command = commands.add_parser(name, help=add.__doc__, description=add.__doc__)
+        command = subparsers.add_parser(name, help=add.__doc__, description=add.__doc__)
         command.set_defaults(call=add(command), parser=command)
     options = parser.parse_args(arguments)
+    if distributed.launched() and options.command not in SPLIT:
+        options.parser.error(f"{options.command}: expected one process, got {distributed.ranks()}")
     try:
-        return options.call(options)
+        status = options.call(options)
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
+    distributed.part()
+    return status
 
 
 def _train(command):
@@ -37,7 +54,7 @@ def _train(command):
     _add_config(command, skip=())
 
     def call(options) -> int:
-        run = options.parser.checked(lambda: _prepared(options, _new_run(options, _settings(options))))
+        run = options.parser.checked(lambda: _prepared(options, Run(_config(options, _settings(options)))))
         metrics = _train_run(options, run, f"forde-fast train --resume --out {shlex.quote(str(run.folder))}")
         return _show(options, {run.config.method: metrics}, f"Run and figures: {run.folder}")
 
@@ -50,17 +67,15 @@ def _compare(command):
     command.add_argument("--methods", default=COMPARED, metavar="NAME,...", help=f"default: {COMPARED}")
 
     def call(options) -> int:
-        from forde_fast import plots
-        from forde_fast.config import FIELDS
-        from forde_fast.validation import expect
-
         def prepare():
             settings = _settings(options)
             folder = Path(settings.get("out", FIELDS["out"].default))
             _expect_run(options, settings, folder.glob("*/config.toml"), folder)
             names = options.methods.split(",")
             expect(len(set(names)) == len(names), "methods", "each method once", options.methods)
-            runs = [_new_run(options, {**settings, "method": name, "out": str(folder / name)}) for name in names]
+            own = [_config(options, {**settings, "method": name, "out": str(folder / name)}) for name in names]
+            loaded = functools.cache(load)  # once for all
+            runs = [Run(config, loaded(config.data, config.data_dir, config.download)) for config in own]
             return folder, [_prepared(options, run) for run in runs]
 
         folder, runs = options.parser.checked(prepare)
@@ -87,8 +102,6 @@ def _evaluate(command):
     command.add_argument("--json", action="store_true", help="print all of it as JSON")
 
     def call(options) -> int:
-        from forde_fast.run import open_run
-
         names = ("data_dir", "corrupted_dir", "ood", "ood_dir", "device")
         given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
         run = options.parser.checked(lambda: open_run(options.run, **given))
@@ -103,9 +116,6 @@ def _evaluate(command):
 
 def _corrupt(command):
     """Write corrupted copies of a data set's test images in CIFAR-10-C's layout."""
-    from forde_fast.data.corruptions import CORRUPTIONS, PRESETS
-    from forde_fast.data.datasets import DATASETS
-
     command.add_argument("--data", default="fashion-mini", metavar="NAME", help=f"one of {', '.join(DATASETS)}")
     command.add_argument("--data-dir", help="where a set lies that does not come with the package")
     command.add_argument("--download", action="store_true", help="fetch it where it has a public address")
@@ -116,9 +126,6 @@ def _corrupt(command):
     command.add_argument("--seed", type=int, default=0)
 
     def call(options) -> int:
-        from forde_fast.data import load, write_corrupted
-        from forde_fast.validation import expect, one_of, whole
-
         def work():
             one_of(options.data, "data", DATASETS)
             data = load(options.data, options.data_dir, options.download)
@@ -144,8 +151,6 @@ def _doctor(command):
     command.add_argument("--json", action="store_true")
 
     def call(options) -> int:
-        from forde_fast.doctor import examine, read_log
-
         found = options.parser.checked(lambda: examine(read_log(options.run)))
         if options.json:
             print(json.dumps([finding._asdict() for finding in found], indent=1))
@@ -163,9 +168,6 @@ def _verify(command):
     command.add_argument("--json", action="store_true")
 
     def call(options) -> int:
-        from forde_fast.verify import HEAD, cells, verify
-        from forde_fast.watching import watched
-
         rows = verify(functools.partial(watched, title="verify"))
         if options.json:
             print(json.dumps(rows, indent=1))
@@ -187,8 +189,6 @@ def _verify(command):
 
 def _bench(command):
     """Time the operation beside its floor and beside plain PyTorch, each verified first; fails if one is wrong."""
-    from forde_fast import benchmark
-
     shapes = ", ".join((*benchmark.SHAPES, *benchmark.GROUPS))
     where = benchmark.default_device()
     command.add_argument("--shapes", default=benchmark.DEFAULT_SHAPES, help=f"{shapes}, MxBxD; default: %(default)s")
@@ -206,8 +206,6 @@ def _bench(command):
     command.add_argument("--json", action="store_true")
 
     def call(options) -> int:
-        from forde_fast.files import make_folder
-
         names = ("shapes", "lengthscales", "providers", "rounds", "device", "dtype", "precision", "cache")
         selection = {name: getattr(options, name) for name in names}
         measured = options.parser.checked(lambda: benchmark.bench(**selection))
@@ -231,8 +229,6 @@ def _info(command):
     command.add_argument("--json", action="store_true")
 
     def call(options) -> int:
-        from forde_fast.info import info
-
         facts = info()
         if options.json:
             print(json.dumps(facts, indent=1))
@@ -260,8 +256,6 @@ COMMANDS = {
 
 
 def _add_config(command, skip) -> None:
-    from forde_fast.config import FIELDS
-
     command.add_argument("config", nargs="?", help="a TOML file with any of the settings below")
     command.add_argument("--json", action="store_true", help="print the metrics as JSON")
     command.add_argument("--resume", action="store_true", help="go on with the run in --out, with its settings")
@@ -270,8 +264,6 @@ def _add_config(command, skip) -> None:
 
 def _settings(options) -> dict:
     """The TOML file's settings, with the flags over them."""
-    from forde_fast.config import FIELDS, read
-
     settings = read(options.config) if options.config else {}
     flags = {name: getattr(options, name, None) for name in FIELDS}
     return {**settings, **{name: value for name, value in flags.items() if value is not None}}
@@ -279,24 +271,19 @@ def _settings(options) -> dict:
 
 def _expect_run(options, settings: dict, configs: Iterable[Path], folder: Path) -> None:
     """--resume with a folder alone goes on with what is there: in another folder it would train the default data."""
-    from forde_fast.config import MOVABLE
-    from forde_fast.validation import expect
-
     goes_on = options.resume and not settings.keys() - {*MOVABLE}
     there = not goes_on or any(path.is_file() for path in configs)
     expect(there, "out", "the folder of a run that was begun", folder, FileNotFoundError)
 
 
-def _new_run(options, settings: dict):
-    from forde_fast.config import FIELDS, TrainConfig, resumed
-    from forde_fast.run import Run
-
+def _config(options, settings: dict):
+    """The run's, checked; where the command is to resume it, with the settings that it was begun with."""
     folder = Path(settings.get("out", FIELDS["out"].default))
     _expect_run(options, settings, [folder / "config.toml"], folder)
     options.resume |= int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0  # torchrun --max-restarts
     if options.resume:
         settings = resumed(settings, folder)
-    return Run(TrainConfig(**settings))
+    return TrainConfig(**settings)
 
 
 def _prepared(options, run):
@@ -306,10 +293,6 @@ def _prepared(options, run):
 
 def _train_run(options, run, again: str) -> dict:
     """Train with a line of progress; what stops it is one line that says how to go on."""
-    from forde_fast import distributed
-    from forde_fast.signals import Interrupted
-    from forde_fast.validation import NotFinite
-
     say = functools.partial(print, file=sys.stderr) if rank() == 0 else lambda text: None
     if run.finished:
         say(f"{run.folder}: this run is finished, there is nothing to resume")
@@ -327,6 +310,7 @@ def _train_run(options, run, again: str) -> dict:
     try:
         return run.train(options.resume, progress=True)
     except Interrupted as stop:
+        distributed.part()
         name = signal.Signals(stop.number).name
         options.parser.exit(128 + stop.number, f"interrupted by {name}, all is kept; go on with: {again}\n")
     except OSError as error:

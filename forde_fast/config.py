@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from forde_fast import validation
-from forde_fast.data import DATASETS
+from forde_fast.data import DATASETS, UNKNOWN
 from forde_fast.methods import NAMES
 from forde_fast.models import MODELS
 from forde_fast.repulsion import BACKENDS, available_backends
@@ -118,6 +118,11 @@ class TrainConfig:
         expect(0 <= self.alpha <= 1, "alpha", "a number from 0 to 1", self.alpha)
         image_model = f"mlp, the only one for features of --data {self.data}"
         expect(self.data != "table" or self.model == "mlp", "model", image_model, self.model)
+        for name in self.ood.split(",") if self.ood else ():
+            validation.one_of(name, "ood", UNKNOWN)
+        for name in ("corrupted_dir", "ood"):
+            held = getattr(self, name)
+            expect(self.data != "table" or not held, name, "none for a table of features", held)
         expect(self.data != "table" or not self.augment, "augment", "no augmentation of features", self.augment)
         if self.backend != "auto":
             backend = available_backends()[self.backend]

@@ -94,11 +94,9 @@ class Run:
             shape = (self.images.shape[3] if self.images.ndim == 4 else 1, *self.images.shape[1:3])
         self.corrupted_files, pixels = None, tuple(self.images.shape[1:])
         if config.corrupted_dir is not None:
-            expect(not self.data.table, "corrupted_dir", "none for a table of features", config.corrupted_dir)
             self.corrupted_files = open_corrupted(config.corrupted_dir, pixels, self.data.classes)
         elif "frost" in CORRUPTIONS and not self.data.table:
             texture_folder()  # what is missing is said before the training
-        expect(not self.data.table or config.ood is None, "ood", "none for a table of features", config.ood)
         names = config.ood.split(",") if config.ood else ()
         self.unknown = {name: load_unknown(name, pixels, config.ood_dir, config.test_size) for name in names}
         self._make_model = lambda: models.make(config.model, len(self.data.classes), shape, config.width)

@@ -36,7 +36,8 @@ PATIENCE = 30  # seconds that ranks have to end after SIGTERM, as torchrun gives
 
 
 def left(status: int) -> int:
-    """The status of a process that has ended its group: gloo's threads, left to themselves, can abort it."""
+    """The status of a process that ends its group: gloo's threads, left to themselves, can abort it."""
+    distributed.part()
     names = [Path(task, "comm").read_text() for task in Path("/proc/self/task").iterdir()]
     return 1 if dist.is_initialized() or any("gloo" in name for name in names) else status
 

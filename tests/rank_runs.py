@@ -1,7 +1,7 @@
 """python rank_runs.py FOLDER: runs of several processes that are stopped and go on as another number of them.
 
-Prints, as JSON, what `test_distributed.py` looks at. Under torchrun it is a worker: `forde-fast train`, of which one
-process is killed.
+Prints, as JSON, what `test_distributed.py` looks at. Under torchrun it is a worker, `forde-fast` with what it is
+given; of `train` one process is killed.
 """
 
 import errno
@@ -54,20 +54,17 @@ def off(folder: Path, other: Path) -> float:
     return float((own - wanted).norm() / wanted.norm())
 
 
-def under_torchrun(folder: Path) -> str:
-    """What torchrun and two workers say, of which one is killed in its first life."""
+def under_torchrun(*arguments: str, restarts: int = 0) -> subprocess.CompletedProcess:
+    """What torchrun and two workers say."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["--max-restarts", "1", __file__, str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stderr
+    command += ["--max-restarts", str(restarts), __file__, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=600)
 
 
-def worker(folder: Path) -> None:
-    if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+def worker(command: str, *flags: str) -> None:
+    if command == "train" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
         at_step(20, lambda: os.kill(os.getpid(), signal.SIGKILL))(int(os.environ["RANK"]))
-    flags = [f"--{name.replace('_', '-')}={value}" for name, value in kill_runs.SETTINGS.items()]
-    sys.exit(cli.main(["train", *flags, "--checkpoint-every=3", f"--out={folder}"]))
+    sys.exit(cli.main([command, *flags]))
 
 
 def main(folder: Path) -> None:
@@ -93,11 +90,20 @@ def main(folder: Path) -> None:
     found["kept before"] = checkpoint.Checkpoints(full / "checkpoints").check()[0]
     assert kill_runs.finished(kill_runs.start(full, True, 2))
     found["off after"] = off(full, folder / "whole2")
-    said = under_torchrun(folder / "restarted")
-    found["went on after"] = [int(step) for step in re.findall(r"going on after step (\d+)", said)]
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in kill_runs.SETTINGS.items()]
+    done = under_torchrun("train", *flags, "--checkpoint-every=3", f"--out={folder / 'restarted'}", restarts=1)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found["went on after"] = [int(step) for step in re.findall(r"going on after step (\d+)", done.stderr)]
     found["off after the restart"] = off(folder / "restarted", folder / "whole2")
+    done = under_torchrun("compare", *flags, "--json", "--methods=forde-pca,de", f"--out={folder / 'both'}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    found["off beside another"] = off(folder / "both" / "forde-pca", folder / "whole2")
+    found["refused"] = under_torchrun("info").stderr
     print(json.dumps(found))
 
 
 if __name__ == "__main__":
-    (worker if "TORCHELASTIC_RUN_ID" in os.environ else main)(Path(sys.argv[1]))
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        worker(*sys.argv[1:])
+    else:
+        main(Path(sys.argv[1]))

@@ -144,6 +144,14 @@ def test_torchrun_restarts_from_the_last_checkpoint(runs):
     assert runs["off after the restart"] == 0
 
 
+def test_runs_after_one_another_share_the_ranks(runs):
+    assert runs["off beside another"] == 0
+
+
+def test_what_is_not_split_says_so_under_torchrun(runs):
+    assert "error: info: expected one process, got 2" in runs["refused"]
+
+
 def test_runs_of_two_ranks_that_are_killed_end_as_one_that_was_not(tmp_path):
     killed, _ = printed("kill_runs.py", tmp_path, 2, 2)
     assert killed == 2

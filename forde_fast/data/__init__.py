@@ -5,11 +5,12 @@ from forde_fast.data.corruptions import CORRUPTIONS, corrupt
 from forde_fast.data.datasets import DATASETS, Images, Normalisation, load
 from forde_fast.data.loader import Loader
 from forde_fast.data.own import stratified
-from forde_fast.data.unknown import load_unknown
+from forde_fast.data.unknown import UNKNOWN, load_unknown
 
 __all__ = [
     "CORRUPTIONS",
     "DATASETS",
+    "UNKNOWN",
     "CorruptedFiles",
     "Images",
     "Loader",

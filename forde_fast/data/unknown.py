@@ -12,6 +12,8 @@ from forde_fast.data.download import cache
 from forde_fast.data.published import read_svhn
 from forde_fast.validation import expect, one_of, whole
 
+UNKNOWN = ("noise", *(name for name in DATASETS if name != "table"))
+
 
 def load_unknown(
     name: str, shape: tuple[int, ...], folder: str | Path | None = None, count: int | None = None, seed: int = 0
@@ -26,7 +28,7 @@ def load_unknown(
 
     Raises ValueError or FileNotFoundError as `data.load` does.
     """
-    one_of(name, "ood", ("noise", *(known for known in DATASETS if known != "table")))
+    one_of(name, "ood", UNKNOWN)
     if count is not None:
         whole(count, "count")
     if name == "noise":

@@ -2,5 +2,6 @@
 
 from forde_fast.distributed.mesh import Mesh
 from forde_fast.distributed.parts import best_parts, launched, lost, ranks
+from forde_fast.distributed.store import part
 
-__all__ = ["Mesh", "best_parts", "launched", "lost", "ranks"]
+__all__ = ["Mesh", "best_parts", "launched", "lost", "part", "ranks"]

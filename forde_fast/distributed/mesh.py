@@ -46,8 +46,7 @@ class Mesh(Alone):
     def __init__(self, members: int, data_parts: int | None = None, synchronise: bool = True, device: str = "cpu"):
         validation.whole(members, "members")
         kind = torch.device(device).type
-        self._opened = not dist.is_initialized()
-        if self._opened:
+        if not dist.is_initialized():
             join("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
         ranks = dist.get_world_size()
         parts = best_parts(members, ranks) if data_parts is None else data_parts
@@ -193,13 +192,10 @@ class Mesh(Alone):
         return found[0]
 
     def leave(self) -> None:
-        """The last call, for which all ranks wait: ends the group if this mesh has opened it, with gloo's threads. A
-        process that ends before they do is now and then aborted, as they still hold Python's tensors (pytorch's pull
-        request 179291)."""
+        """The last call, for which all ranks wait. The group stays, for other meshes: `part` ends it with the
+        program."""
         self.total(torch.zeros(()))
         self._asked = self.grid = self.member_group = self.data_group = None
-        if self._opened:
-            dist.destroy_process_group()
 
     def gather_members(self, rows: Tensor) -> Tensor:
         """rows [M_own, ...] -> [M, ...] on every rank of the member group."""

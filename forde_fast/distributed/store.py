@@ -1,4 +1,4 @@
-"""Where the ranks of one start meet."""
+"""Where the ranks of one start meet, and part."""
 
 from __future__ import annotations
 
@@ -19,6 +19,13 @@ def join(backend: str) -> None:
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     kept = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
     return dist.init_process_group(backend, store=fresh(kept, rank, ranks), rank=rank, world_size=ranks)
+
+
+def part() -> None:
+    """End the group, if there is one, when all ranks have left. A process that ends before gloo's threads do is now
+    and then aborted, as they still hold Python's tensors (pytorch's pull request 179291)."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def fresh(kept: dist.Store, rank: int, ranks: int) -> dist.Store:

@@ -9,11 +9,20 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+from forde_fast.experiments import report as page
+from forde_fast.experiments.lab import SETTINGS, Lab
+from forde_fast.experiments.registry import EXPERIMENTS, run
+from forde_fast.experiments.reproduce import Reproduction
+from forde_fast.experiments.summary import as_markdown
+from forde_fast.experiments.tables import TABLES
+from forde_fast.files import write
+from forde_fast.run import find_device
+from forde_fast.signals import Interrupted
+from forde_fast.validation import one_of
+
 
 def reproduce(command):
     """Tune and train every method of a table over seeds, score and compare them; called again, it goes on."""
-    from forde_fast.experiments.tables import TABLES
-
     command.add_argument("table", help=f"one of {', '.join(TABLES)}")
     command.add_argument("--methods", metavar="NAME,...", help="de and others; default: the table's")
     command.add_argument("--seeds", type=int, help="default: the table's")
@@ -25,12 +34,6 @@ def reproduce(command):
     command.add_argument("--json", action="store_true", help="print the scores of all runs as JSON")
 
     def call(options) -> int:
-        from forde_fast.experiments.reproduce import Reproduction
-        from forde_fast.experiments.summary import as_markdown
-        from forde_fast.files import write
-        from forde_fast.signals import Interrupted
-        from forde_fast.validation import one_of
-
         say = functools.partial(print, file=sys.stderr, flush=True)
 
         def prepare():
@@ -69,10 +72,8 @@ def report(command):
     command.add_argument("--data-dir", help="the data set's folder, if it is another than in training")
 
     def call(options) -> int:
-        from forde_fast.experiments.report import report
-
         out = Path(options.out or Path(options.runs[0]) / "report")
-        print(options.parser.checked(lambda: report(options.runs, out, options.data_dir)))
+        print(options.parser.checked(lambda: page.report(options.runs, out, options.data_dir)))
         return 0
 
     return call
@@ -80,8 +81,6 @@ def report(command):
 
 def experiment(command):
     """One experiment of the paper, as a page with tables and figures."""
-    from forde_fast.experiments.registry import EXPERIMENTS
-
     command.add_argument("name", help=f"one of {', '.join(EXPERIMENTS)}")
     command.add_argument("--setting", default="small", help="small, paper or paper-cifar10; default: %(default)s")
     names = ("data", "model", "width", "members", "epochs", "repulsion_weight")
@@ -92,11 +91,6 @@ def experiment(command):
     command.add_argument("--out", help="default: runs/experiments/NAME")
 
     def call(options) -> int:
-        from forde_fast.experiments.lab import SETTINGS, Lab
-        from forde_fast.experiments.registry import run
-        from forde_fast.run import find_device
-        from forde_fast.validation import one_of
-
         def prepare():
             one_of(options.name, "name", EXPERIMENTS)
             setting = SETTINGS[one_of(options.setting, "setting", SETTINGS)]
