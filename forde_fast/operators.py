@@ -25,8 +25,8 @@ library.define(
     " Tensor projection) -> Tensor"
 )
 # product [N - 1, G, K], contrasts times some matrix -> [N, G, K], the rows times that matrix up to a vector that all
-# of a sample share. Equal rows stay equal, which a matrix product on a CPU does not promise.
-library.define("coordinates(Tensor particles, Tensor? others, Tensor product) -> Tensor")
+# of a sample share. Normalised rows that are equal stay equal, which a matrix product on a CPU does not promise.
+library.define("coordinates(Tensor particles, Tensor? others, Tensor product, bool normalize, float eps) -> Tensor")
 # mixed [Mi, G, D], in the computing type, plus sum_j coefficients[i, j] (s_i - s_j) where coefficients [Mi, Mj, G]
 # are given; less its component along s_i, divided by the norm. Without `normalize` the sum alone.
 library.define(
@@ -102,7 +102,7 @@ def _(particles, others, product, norm, coefficients, projection):
 
 
 @torch.library.register_fake("forde_fast::coordinates")
-def _(particles, others, product):
+def _(particles, others, product, normalize, eps):
     return product.new_empty((len(product) + 1, *product.shape[1:]))
 
 

@@ -209,7 +209,7 @@ def _distances(operations, particles, others, lengthscale, normalize, eps, preci
 
 
 def _distances_by_factors(operations, particles, others, x, factor, tail, normalize, eps, dtype, precision):
-    x = operations.coordinates(particles, others, x)
+    x = operations.coordinates(particles, others, x, normalize, eps)
     x, x_others = x[: len(particles)], None if others is None else x[len(particles) :]
     d, _, norm = operations.pair_distances(x, x_others, None, False, eps)
     if tail:

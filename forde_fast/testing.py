@@ -55,6 +55,16 @@ def _dead_row(shape, g):
     return particles
 
 
+def _scaled_twins(shape, g):
+    """More than half of the rows are the same when normalised, each twice the one before, one with other zeros."""
+    particles = _normal(shape, g)
+    particles[..., : shape[2] // 4] = 0
+    for n in range(1, shape[0] // 2 + 1):
+        particles[n] = 2 * particles[n - 1]
+    particles[0, :, : shape[2] // 4] = -0.0
+    return particles
+
+
 CASES: dict[str, Callable[[Shape, torch.Generator], Tensor]] = {
     "random": _normal,  # spread 1
     "spread 6e-1": _spread(6e-1),  # where products of the rows take the place of differences on a CPU
@@ -65,6 +75,7 @@ CASES: dict[str, Callable[[Shape, torch.Generator], Tensor]] = {
     "close pair 1e-2": _close_pair(1e-2),
     "close pair 1e-4": _close_pair(1e-4),
     "duplicate": _close_pair(0.0),
+    "scaled twins": _scaled_twins,
     "zeros": lambda shape, g: torch.zeros(shape, dtype=torch.float64, device="cpu"),
     "dead row": _dead_row,
 }
@@ -131,7 +142,7 @@ def compare(backend: str, case: str, shape: Shape, dtype: torch.dtype, lengthsca
         inputs, exact, plain = _draw(case, shape, seed, dtype, lengthscale, plain_on)
         fast = repulsion(inputs.to(device), lengthscale, backend=backend, **options)
         norms = (inputs.double().square().sum(-1, keepdim=True) + 1e-24).sqrt()
-        alike = bool((inputs == inputs[:1]).all())
+        alike = bool((inputs * norms[:1] == inputs[:1] * norms).all())
         for who, result in (("fast", fast), ("plain", plain)):
             pools[who, "value"].append((result.value.cpu().double(), exact[0]))
             gradient, truth = (x.cpu().double() * norms for x in (result.gradient, exact[1]))

@@ -7,11 +7,12 @@ from . import repulsion as steps
 from .project import _coordinates_kernel, _project_kernel
 
 
-def coordinates(particles, others, product):
+def coordinates(particles, others, product, normalize, eps):
     """
         x = torch.cat([product.sum(0, True) / (math.sqrt(N) - 1), product])
 
-    where a row equal to an earlier one takes its x, which the sum and a matrix product may give it only nearly.
+    where a row that is normalised equal to an earlier one takes its x, which the sum and a matrix product may give it
+    only nearly.
 
     particles [Mi, G, D], others [Mj, G, D] or None, product [N - 1, G, K] -> x [N, G, K]
     """
@@ -22,6 +23,7 @@ def coordinates(particles, others, product):
     others = particles if others is None else others
     rows = triton.next_power_of_2(N)
     constants = {"MI": MI, "MJ": MJ, "KAPPA": steps._kappa(N), "ROWS": rows, "FIRST": min(32, 2048 // rows)}
+    constants |= {"NORMALIZE": normalize, "EPS": eps, "ACC": steps._types(particles)[1]}
     constants |= {"STEPS": triton.cdiv(D, 256), "STEPS_K": triton.cdiv(K, 256), "BLOCK": 256, "num_warps": 4}
     numbers = D, G, K, *steps._strides(particles, others)
     steps._launch(_coordinates_kernel, N * G, (particles, others, product, x), numbers, constants)

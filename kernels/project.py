@@ -1,4 +1,4 @@
-"""Between D columns and K: equal rows keep equal coordinates; gradients lose what lies along their own row."""
+"""Between D columns and K: rows that are equal normalised keep equal coordinates; gradients lose their own row."""
 
 import triton
 import triton.language as tl
@@ -7,12 +7,27 @@ from .rows import _columns, _inverse_root, _load_row
 
 
 @triton.jit
-def _equal(a, b, D, STEPS: tl.constexpr, BLOCK: tl.constexpr):
+def _reciprocal(row, D, EPS: tl.constexpr, STEPS: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr):
+    squares = tl.zeros([BLOCK], ACC)
+    for step in range(STEPS):
+        p = _load_row(row, step * BLOCK + tl.arange(0, BLOCK), D, ACC)
+        squares = tl.fma(p, p, squares)
+    return _inverse_root(tl.sum(squares, 0) + EPS)
+
+
+@triton.jit
+def _equal(
+    a, b, D, NORMALIZE: tl.constexpr, EPS: tl.constexpr, STEPS: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr
+):
+    r_a = tl.full((), 1.0, ACC)
+    r_b = tl.full((), 1.0, ACC)
+    if NORMALIZE:
+        r_a = _reciprocal(a, D, EPS, STEPS, BLOCK, ACC)
+        r_b = _reciprocal(b, D, EPS, STEPS, BLOCK, ACC)
     differences = tl.zeros([BLOCK], tl.int32)
     for step in range(STEPS):
         d = step * BLOCK + tl.arange(0, BLOCK)
-        x = tl.load(a + d, mask=d < D, other=0.0)
-        differences += (x != tl.load(b + d, mask=d < D, other=0.0)).to(tl.int32)
+        differences += (_load_row(a, d, D, ACC) * r_a != _load_row(b, d, D, ACC) * r_b).to(tl.int32)
     return tl.sum(differences, 0) == 0
 
 
@@ -23,12 +38,13 @@ def _coordinates_kernel(
     product,  # [N - 1, G, K]
     x,  # [N, G, K]
     D, G, K, particles_m, particles_g, others_m, others_g,
-    MI: tl.constexpr, MJ: tl.constexpr, KAPPA: tl.constexpr, ROWS: tl.constexpr, FIRST: tl.constexpr,
-    STEPS: tl.constexpr, STEPS_K: tl.constexpr, BLOCK: tl.constexpr,
+    MI: tl.constexpr, MJ: tl.constexpr, KAPPA: tl.constexpr, NORMALIZE: tl.constexpr, EPS: tl.constexpr,
+    ROWS: tl.constexpr, FIRST: tl.constexpr, STEPS: tl.constexpr, STEPS_K: tl.constexpr, BLOCK: tl.constexpr,
+    ACC: tl.constexpr,
 ):  # fmt: skip
     """Row n of x: row m - 1 of the product, KAPPA times its sum for m = 0, where m is the first row that equals n.
 
-    Rows that differ mostly do so in their FIRST columns: only those that do not are read whole.
+    Rows that differ mostly have another direction in their FIRST columns: only those that do not are read whole.
     """
     N: tl.constexpr = MI + MJ
     pid = tl.program_id(0).to(tl.int64)
@@ -40,15 +56,16 @@ def _coordinates_kernel(
     rows = tl.where(row < MI, particles + row * particles_m, others + (row - MI) * others_m)
     own = tl.where(n < MI, particles + n * particles_m, others + (n - MI) * others_m)
     known = (row < n)[:, None] & (d < D)[None, :]
-    first = tl.load(rows[:, None] + d[None, :], mask=known, other=0.0)
-    unequal = first != tl.load(own + d, mask=d < D, other=0.0)[None, :]
+    first = tl.load(rows[:, None] + d[None, :], mask=known, other=0.0).to(ACC)
+    own_first = _load_row(own, d, D, ACC)
+    unequal = first * tl.sum(tl.abs(own_first), 0) != own_first[None, :] * tl.sum(tl.abs(first), 1)[:, None]
     alike = (row < n) & (tl.sum((unequal & known).to(tl.int32), 1) == 0)
     source = n
     for before in range(N - 1):
         m = n * 0 + before
         if (source == n) & (tl.sum((alike & (row == m)).to(tl.int32), 0) > 0):
             other = tl.where(m < MI, particles + m * particles_m, others + (m - MI) * others_m)
-            source = tl.where(_equal(own, other, D, STEPS, BLOCK), m, n)
+            source = tl.where(_equal(own, other, D, NORMALIZE, EPS, STEPS, BLOCK, ACC), m, n)
     for step in range(STEPS_K):
         k = step * BLOCK + tl.arange(0, BLOCK)
         value = tl.zeros([BLOCK], x.dtype.element_ty)

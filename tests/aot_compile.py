@@ -39,7 +39,7 @@ def launches(members, others, samples, columns, dtype, with_product, at_once_too
     _, c, _, projection = repulsion.median_rule(d, alignment, 2.3)
     repulsion.combine(particles, other, product, inverse_norm, c, projection)
     if with_product:  # the low-rank path: K columns of the product
-        low_rank.coordinates(particles, other, z[:, :, :256])
+        low_rank.coordinates(particles, other, z[:, :, :256], True, 1e-24)
         mixed = torch.empty(particles.shape, dtype=z.dtype, device="meta")
         low_rank.project(particles, mixed, other, None, True, 1e-24)
         low_rank.project(particles, mixed, other, c, True, 1e-24)

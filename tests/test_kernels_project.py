@@ -64,7 +64,8 @@ def test_project_of_dead_rows():
 
 @pytest.mark.parametrize("others", [None, 4])
 def test_equal_rows_have_equal_coordinates(others):
-    """Rows alike in their first columns are not equal; 0 and -0 are; the first of a chain stands for all."""
+    """Rows alike in their first columns are not equal; 0 and -0 are, and twice a row; the first of a chain stands for
+    all."""
     particles = make_rows("random", 5, 2, 300)
     particles[:, 1, :40] = 0
     particles[2, 0] = particles[4, 0] = particles[0, 0]
@@ -76,8 +77,10 @@ def test_equal_rows_have_equal_coordinates(others):
         others[0] = others[2]
     N = 5 + (0 if others is None else len(others))
     product = torch.randn(N - 1, 2, 270).to(DEVICE)
-    x = low_rank.coordinates(particles, others, product)
     rows = particles if others is None else torch.cat([particles, others])
+    particles = particles * torch.tensor([1.0, 2.0, 0.25, 4.0, 8.0], device=DEVICE)[:, None, None]
+    x = low_rank.coordinates(particles, others, product, True, EPS)
+    assert not torch.equal(low_rank.coordinates(particles, others, product, False, EPS), x)
     plain = torch.cat([product.sum(0, keepdim=True) / (math.sqrt(N) - 1), product])
     for n in range(N):
         for g in range(2):
@@ -88,5 +91,5 @@ def test_equal_rows_have_equal_coordinates(others):
 
 def test_two_rows_of_few_columns():
     particles, product = make_rows("duplicated", 2, 1, 7), torch.randn(1, 1, 3).to(DEVICE)
-    x = low_rank.coordinates(particles, None, product)
+    x = low_rank.coordinates(particles, None, product, True, EPS)
     assert torch.equal(x[0], x[1])

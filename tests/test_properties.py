@@ -40,7 +40,8 @@ def layout(dense, kind):
 
 LAYOUTS = ("dense", "every other", "permuted", "padded")
 SIZES = (1, 2, 3, 7, 8, 9, 16, 17, 31, 33, 64, 100, 255, 257, 300)
-FAULTS = ("none", "none", "none", "zeros", "all alike", "twins", "dead row", "one hot", "near twins")
+FAULTS = ("none", "none", "none", "zeros", "all alike", "twins", "dead row", "one hot", "near twins",
+          "scaled twins")  # fmt: skip
 
 
 def degrade(x, fault):
@@ -51,6 +52,9 @@ def degrade(x, fault):
         x[:] = x[:1].clone()
     elif fault == "twins":
         x[-1] = x[0]
+    elif fault == "scaled twins":  # more than half of them
+        for n in range(1, len(x) // 2 + 1):
+            x[n] = 2 * x[n - 1]
     elif fault == "near twins":
         x[-1] = x[0] * (1 + 1e-3 * torch.linspace(-1, 1, x.shape[2], dtype=x.dtype))
     elif fault == "dead row":

@@ -163,7 +163,7 @@ Whole by_factor(const Rows& rows, const Tensor& factor, double tail, bool normal
       rows.kernels.contrasts(rows.sample(g, lengths.norm.data(), pointers), 0, rows.columns, Rows::point_at(z, g, pointers.out));
     }
   });
-  const Tensor x = coordinates(rows.particles, std::nullopt, at::mm(z.view({-1, rows.columns}), factor).view({members - 1, rows.groups, -1}));
+  const Tensor x = coordinates(rows.particles, std::nullopt, at::mm(z.view({-1, rows.columns}), factor).view({members - 1, rows.groups, -1}), normalize, eps);
   const Rows thin(x, std::nullopt, std::nullopt);
   Whole whole(thin, at::empty_like(x));
   in_two_passes<T>(thin, tail ? raw.get() : nullptr, false, eps, log_count, whole);
@@ -261,7 +261,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> fused_by_factor(const Tensor& particl
   TORCH_CHECK(rows.moving > 1, "particles: expected at least two, got ", particles.sizes());
   if (rows.splits() > 1) {  // stage by stage, as above
     const Tensor z = contrasts(particles, std::nullopt, normalize, eps);
-    const Tensor x = coordinates(particles, std::nullopt, at::matmul(z, factor));
+    const Tensor x = coordinates(particles, std::nullopt, at::matmul(z, factor), normalize, eps);
     auto [d, _, ones] = pair_distances(x, std::nullopt, std::nullopt, false, eps);
     if (tail) d.add_(std::get<0>(pair_distances(particles, std::nullopt, std::nullopt, normalize, eps)), tail);
     const auto [value, c, h, none] = median_rule(d, std::nullopt, log_count);

@@ -10,7 +10,7 @@ std::tuple<Tensor, Tensor, Tensor> pair_distances(const Tensor& particles, const
                                                   const OptionalTensor& product, bool normalize, double eps);
 Tensor combine(const Tensor& particles, const OptionalTensor& others, const OptionalTensor& product, const Tensor& norm,
                const Tensor& coefficients, const Tensor& projection);
-Tensor coordinates(const Tensor& particles, const OptionalTensor& others, const Tensor& product);
+Tensor coordinates(const Tensor& particles, const OptionalTensor& others, const Tensor& product, bool normalize, double eps);
 Tensor project(const Tensor& particles, const Tensor& mixed, const OptionalTensor& others, const OptionalTensor& coefficients,
                bool normalize, double eps);
 std::tuple<Tensor, Tensor, Tensor, Tensor> median_rule(const Tensor& distances, const OptionalTensor& alignment, double log_count);

@@ -78,18 +78,39 @@ Tensor combine(const Tensor& particles, const OptionalTensor& others, const Opti
   return gradient;
 }
 
+namespace {
+
+// Whether rows n and m of a sample are the same divided by their norms, which are found only where the rows have one
+// direction: most differ in their first columns. Products of numbers in float are exact in double.
+bool alike(const Rows& rows, const Norms& norms, int64_t g, int64_t n, int64_t m, Rows::Pointers& pointers, Lengths& own) {
+  return AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, rows.particles.scalar_type(), "alike", [&]() -> bool {
+    const auto *x = static_cast<const scalar_t*>(pointers.values[n]), *y = static_cast<const scalar_t*>(pointers.values[m]);
+    int64_t first = 0;
+    while (first < rows.columns && x[first] == 0 && y[first] == 0) ++first;
+    for (int64_t k = first; k < rows.columns; ++k)
+      if (double(x[k]) * double(y[first]) != double(y[k]) * double(x[first])) return false;
+    if (first == rows.columns) return true;
+    if (own.norm.empty()) norms.find(g, pointers, own);
+    return double(x[first]) * own.norm[m] == double(y[first]) * own.norm[n];
+  });
+}
+
+}  // namespace
+
 // product [N - 1, G, K] -> [N, G, K]; see operators.py
-Tensor coordinates(const Tensor& particles, const OptionalTensor& others, const Tensor& product) {
+Tensor coordinates(const Tensor& particles, const OptionalTensor& others, const Tensor& product, bool normalize, double eps) {
   const Rows rows(particles, others, std::nullopt);
+  const Norms norms(rows, 1, normalize, eps);
   check(product, computing_type(particles), {rows.rows - 1, rows.groups, product.size(-1)}, "product");
   const Tensor dense = product.contiguous();
-  const int64_t size = product.size(2), bytes = rows.columns * particles.element_size();
+  const int64_t size = product.size(2);
   Tensor x = at::empty({rows.rows, rows.groups, size}, product.options());
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "coordinates", [&] {
     const scalar_t scale = scalar_t(1 / (std::sqrt(double(rows.rows)) - 1));
     at::parallel_for(0, rows.groups, 1, [&](int64_t from, int64_t to) {
       for (int64_t g = from; g < to; ++g) {
         Rows::Pointers pointers;
+        Lengths own;
         rows.sample(g, nullptr, pointers);
         const auto* from = Rows::point_at(dense, g, pointers.mixed);
         const auto* to = Rows::point_at(x, g, pointers.out);
@@ -103,7 +124,7 @@ Tensor coordinates(const Tensor& particles, const OptionalTensor& others, const 
         for (int64_t k = 0; k < size; ++k) first[k] *= scale;
         for (int64_t n = 1; n < rows.rows; ++n)
           for (int64_t m = 0; m < n; ++m)
-            if (std::memcmp(pointers.values[n], pointers.values[m], bytes) == 0) {
+            if (alike(rows, norms, g, n, m, pointers, own)) {
               std::memcpy(to[n], to[m], size * sizeof(scalar_t));
               break;
             }
