@@ -15,6 +15,7 @@ from forde_fast.rule import Median
 from forde_fast.rules import GAL, LIT, SGE
 from forde_fast.second_order import Acceleration, accelerate, decelerate
 from forde_fast.spaces import Features, InputGradients, Outputs, Weights
+from forde_fast.trained import load_run
 from forde_fast.trainer import Log, Trainer
 from forde_fast.types import Backend, Prediction, Repulsion
 
@@ -46,6 +47,7 @@ __all__ = [
     "decelerate",
     "distances",
     "load_ensemble",
+    "load_run",
     "methods",
     "models",
     "repulsion",

@@ -1,4 +1,4 @@
-"""The command line: forde-fast train | compare | reproduce | report | experiment | evaluate | corrupt | ..."""
+"""The command line: forde-fast train | compare | reproduce | report | experiment | evaluate | predict | ..."""
 
 from __future__ import annotations
 
@@ -13,22 +13,24 @@ from pathlib import Path
 
 from forde_fast import benchmark, distributed, plots, printing
 from forde_fast.config import FIELDS, MOVABLE, TrainConfig, read, resumed
-from forde_fast.data import load, write_corrupted
+from forde_fast.data import load, read_unlabelled, write_corrupted
 from forde_fast.data.corruptions import CORRUPTIONS, PRESETS
 from forde_fast.data.datasets import DATASETS
 from forde_fast.doctor import examine, read_log
 from forde_fast.experiments import commands
 from forde_fast.files import make_folder
 from forde_fast.info import info
+from forde_fast.methods import NAMES
 from forde_fast.parsing import Parser, rank
-from forde_fast.run import Run, open_run
+from forde_fast.run import FILES, Run, open_run
 from forde_fast.signals import Interrupted
+from forde_fast.trained import load_run
 from forde_fast.validation import NotFinite, expect, one_of, whole
 from forde_fast.verify import HEAD, cells, verify
 from forde_fast.watching import watched
 
 SPLIT = ("train", "compare")  # over several processes
-COMPARED = "de,forde-identity,forde-pca,forde-tuned"
+COMPARED = ("de", "forde-identity", "forde-pca", "forde-tuned")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -64,21 +66,29 @@ def _train(command):
 def _compare(command):
     """Train several methods on the same data from the same seed, and set them side by side."""
     _add_config(command, skip=("method",))
-    command.add_argument("--methods", default=COMPARED, metavar="NAME,...", help=f"default: {COMPARED}")
+    command.add_argument("--methods", metavar="NAME,...", help=f"default: {','.join(COMPARED)}")
 
     def call(options) -> int:
         def prepare():
             settings = _settings(options)
             folder = Path(settings.get("out", FIELDS["out"].default))
             _expect_run(options, settings, folder.glob("*/config.toml"), folder)
-            names = options.methods.split(",")
+            held = [name for name in NAMES if (folder / name / "config.toml").is_file()]
+            names = options.methods.split(",") if options.methods else (options.resume and held) or COMPARED
             expect(len(set(names)) == len(names), "methods", "each method once", options.methods)
+            if options.resume and held:  # the others are trained as these
+                settings = resumed(settings, folder / held[0])
+            else:
+                other = ", ".join(name for name in FILES if (folder / name).exists())
+                expect(not other, "out", "a folder without a run", f"{folder}, which holds {other}", FileExistsError)
             own = [_config(options, {**settings, "method": name, "out": str(folder / name)}) for name in names]
             loaded = functools.cache(load)  # once for all
             runs = [Run(config, loaded(config.data, config.data_dir, config.download)) for config in own]
             return folder, [_prepared(options, run) for run in runs]
 
         folder, runs = options.parser.checked(prepare)
+        for run in runs:  # so that --resume knows of all
+            run.begin()
         results = {run.config.method: _train_run(options, run, "the same command with --resume") for run in runs}
         if not rank():
             plots.training({run.config.method: run.log() for run in runs}, folder / "training.png")
@@ -105,11 +115,31 @@ def _evaluate(command):
         names = ("data_dir", "corrupted_dir", "ood", "ood_dir", "device")
         given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
         run = options.parser.checked(lambda: open_run(options.run, **given))
+        print(printing.loaded(run), file=sys.stderr)
         try:
             metrics = run.evaluate()
         except (OSError, ValueError) as error:  # a file that is read only when its turn comes
             options.parser.stop(str(error))
         return _show(options, {run.config.method: metrics}, f"{run.folder} is as it was: --json prints all scores")
+
+    return call
+
+
+def _predict(command):
+    """Classify images by a trained run, with the ensemble's uncertainty; its training data are not needed."""
+    command.add_argument("run", help="the run's folder")
+    command.add_argument("images", nargs="+", type=Path, help="image files, folders of them, .npy arrays [N, ...]")
+    command.add_argument("--device", default="auto", help="such as cpu, cuda, cuda:1; auto: a GPU where there is one")
+    command.add_argument("--json", action="store_true", help="all probabilities, as JSON; else lines of a .csv file")
+
+    def call(options) -> int:
+        def work():
+            trained = load_run(options.run, options.device)
+            return trained, *read_unlabelled(options.images, trained.trained_on.shape)
+
+        trained, names, images = options.parser.checked(work)
+        printing.predictions(names, trained.predict(images), trained.trained_on.classes, options.json)
+        return 0
 
     return call
 
@@ -247,6 +277,7 @@ COMMANDS = {
     "report": commands.report,
     "experiment": commands.experiment,
     "evaluate": _evaluate,
+    "predict": _predict,
     "corrupt": _corrupt,
     "doctor": _doctor,
     "verify": _verify,

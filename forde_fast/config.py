@@ -17,6 +17,8 @@ from forde_fast.spaces import SCORES
 from forde_fast.strategies import KINDS, PRECISIONS
 from forde_fast.validation import expect, reason_of
 
+BUNDLED = ("fashion-mini", "digits")
+
 
 def _setting(default, text: str):
     """A field with what the command line says of it."""
@@ -47,6 +49,7 @@ class TrainConfig:
     members: int = _setting(5, "networks in the ensemble")
     method: str = _setting("forde-pca", f"one of {', '.join(NAMES)}")
     alpha: float = _setting(0.4, "of forde-tuned: 0 is the identity, 1 PCA")
+    rank: int | None = _setting(None, "directions of PCA that are kept; default: all, or 256 where D > 12,288")
     repulsion_weight: float = _setting(20.0, "w, the factor on the repulsion; 1 is the published one on CIFAR")
     score: str = _setting("logit", f"whose input gradient is compared, one of {', '.join(SCORES)}")
     backend: str = _setting("auto", f"of the repulsion operation, one of auto, {', '.join(BACKENDS)}")
@@ -96,6 +99,7 @@ class TrainConfig:
             "train_size",
             "test_size",
             "width",
+            "rank",
             "members",
             "epochs",
             "batch_size",
@@ -120,6 +124,8 @@ class TrainConfig:
         expect(self.data != "table" or self.model == "mlp", "model", image_model, self.model)
         for name in self.ood.split(",") if self.ood else ():
             validation.one_of(name, "ood", UNKNOWN)
+        own = f"none for {self.data}, which comes with the package (your own: --data folder, npz or table)"
+        expect(self.data not in BUNDLED or self.data_dir is None, "data_dir", own, self.data_dir)
         for name in ("corrupted_dir", "ood"):
             held = getattr(self, name)
             expect(self.data != "table" or not held, name, "none for a table of features", held)

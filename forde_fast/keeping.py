@@ -71,7 +71,8 @@ class Keeper:
 
     def on_epoch(self, epoch: int, mean: Log) -> None:
         run = self.run
-        numbers = {"step": self.trainer.steps, "epoch": epoch, "cross_entropy": float(mean.cross_entropy)}
+        loss = float(mean.cross_entropy) / self.trainer.members
+        numbers = {"step": self.trainer.steps, "epoch": epoch, "member_cross_entropy": loss}
         if len(run.valid_labels):
             scores = run.validate()
             numbers |= {f"validation_{name}": scores[name] for name in METRICS}

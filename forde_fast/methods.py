@@ -88,31 +88,42 @@ METHODS = {
 }  # fmt: skip
 
 # FoRDE by its lengthscale: from the training images as the model receives them, and alpha.
-LENGTHSCALES: dict[str, Callable[[Tensor, float], object]] = {
-    "forde-identity": lambda images, alpha: Identity(),
-    "forde-pca": lambda images, alpha: PCA.fit(images),
-    "forde-tuned": lambda images, alpha: PCA.fit(images).blend(alpha),
-    "forde-cosine": lambda images, alpha: Cosine.fit(images),
+LENGTHSCALES: dict[str, Callable[[Tensor, float, int | None], object]] = {
+    "forde-identity": lambda images, alpha, rank: Identity(),
+    "forde-pca": lambda images, alpha, rank: _pca(images, rank),
+    "forde-tuned": lambda images, alpha, rank: _pca(images, rank).blend(alpha),
+    "forde-cosine": lambda images, alpha, rank: Cosine.fit(images),
 }
+WHOLE_PCA, RANK = 12_288, 256
 NAMES = (*(name for name in METHODS if name != "forde"), *LENGTHSCALES)
 SHARED = {"feature-rde": "head"}  # methods whose members share a layer
 
 
+def _pca(images: Tensor, rank: int | None) -> PCA:
+    if rank is None and images[0].numel() > WHOLE_PCA:
+        rank = RANK
+    return PCA.fit(images, rank)
+
+
 def resolve(method: str | Method) -> Method:
     """A Method, or the one of that name; ValueError lists the names."""
+    fitted = isinstance(method, str) and method in LENGTHSCALES
+    expect(not fitted, "method", "'forde' and the lengthscale, such as PCA.fit(images).blend(0.4)", repr(method))
     return method if isinstance(method, Method) else METHODS[one_of(method, "method", METHODS)]
 
 
-def make(name: str, images: Tensor, alpha: float = 0.4, score: str | Callable = "logit", data: str = "") -> Method:
+def make(name: str, images: Tensor, alpha: float = 0.4, score: str | Callable = "logit", data: str = "",
+         rank: int | None = None) -> Method:  # fmt: skip
     """The Method of one of NAMES for training images [N, ...] as the model receives them.
 
     alpha  of "forde-tuned": 0 is the identity, 1 PCA
     score  whose input gradient FoRDE compares
     data   the data set's name, for which a prior may be published
+    rank   directions of PCA that are kept; None: all up to D = 12,288 (TinyImageNet's), RANK of more
     """
     one_of(name, "method", NAMES)
     if name in LENGTHSCALES:
-        return Method(InputGradients(score), lengthscale=LENGTHSCALES[name](images, alpha))
+        return Method(InputGradients(score), lengthscale=LENGTHSCALES[name](images, alpha, rank))
     method = METHODS[name]
     if isinstance(method.space, Weights):
         return replace(method, weight=1 / len(images))

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import csv
 import importlib.metadata
+import json
+import sys
 from collections.abc import Sequence
+
+from forde_fast.types import Prediction
 
 METRICS = {"accuracy": "A", "nll": "NLL", "ece": "ECE"}  # in tables as the paper has them: A, cA, cNLL, ...
 PREFIX = {"clean": "", "validation": "v", "corrupted": "c", "corrupted_all": "a", "corrupted_grey": "g"}
@@ -68,6 +73,25 @@ def legend(group: str, metrics: dict) -> str:
     names = [name for name in wanted if name in found] or list(found)
     text = LEGEND[group] if len(names) == len(wanted) else f"{PREFIX[group]}: mean over {', '.join(names)} alone"
     return text if images is None else f"{text}; {images:,} images each"
+
+
+def predictions(names: Sequence[str], found: Prediction, classes: Sequence[str], as_json: bool) -> None:
+    """For each image its class by the members' mean, and the uncertainties in nats."""
+    mean, doubt = found.mean, (found.total, found.aleatoric, found.epistemic)
+    rows = zip(names, mean.argmax(1).tolist(), mean.tolist(), *(own.tolist() for own in doubt), strict=True)
+    if as_json:
+        keys = ("total", "aleatoric", "epistemic")
+        shown = [
+            {"image": name, "class": classes[best], "probabilities": dict(zip(classes, own, strict=True))}
+            | dict(zip(keys, rest, strict=True))
+            for name, best, own, *rest in rows
+        ]
+        print(json.dumps(shown, indent=1))
+        return
+    lines = csv.writer(sys.stdout, lineterminator="\n")
+    lines.writerow(("image", "class", "probability", "total", "epistemic"))
+    for name, best, own, total, _, epistemic in rows:
+        lines.writerow((name, classes[best], f"{own[best]:.4f}", f"{total:.4f}", f"{epistemic:.4f}"))
 
 
 def against(results: dict[str, dict]) -> None:

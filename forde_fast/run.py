@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import functools
 import json
-import os
 import shlex
 import shutil
 from contextlib import AbstractContextManager, nullcontext
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor
 
 from forde_fast import config as configuration
-from forde_fast import distributed, guards, models, plots, threads
+from forde_fast import distributed, guards, plots, threads, trained
 from forde_fast.checkpoint import Checkpoints, load_ensemble, save_ensemble
 from forde_fast.config import TrainConfig
 from forde_fast.data import (
@@ -34,20 +33,25 @@ from forde_fast.data import (
     stratified,
 )
 from forde_fast.data.corruptions.weather import texture_folder
+from forde_fast.devices import find_device, is_here
 from forde_fast.ensemble import Ensemble
 from forde_fast.evaluation import score_members
 from forde_fast.files import make_folder, write
 from forde_fast.keeping import Keeper
-from forde_fast.methods import SHARED, make
+from forde_fast.methods import make
 from forde_fast.scoring import flat, score_run
 from forde_fast.signals import StopSignals
 from forde_fast.step import ALONE
 from forde_fast.strategies import LOOP, Graphs
+from forde_fast.trained import TrainedOn, make_ensemble, make_model, shared_layers
 from forde_fast.trainer import Trainer
 from forde_fast.validation import expect
 from forde_fast.watching import check_tensorboard, watched
 
-FILES = ("config.toml", "log.jsonl", "epochs.jsonl", "checkpoints", "checkpoint.safetensors", "metrics.json")
+FILES = (
+    "config.toml", trained.FILE, "log.jsonl", "epochs.jsonl", "checkpoints", "checkpoint.safetensors", "metrics.json",
+    "training.png", "predictions.png",
+)  # fmt: skip
 
 
 class Run:
@@ -66,7 +70,7 @@ class Run:
         self.damaged: list[Path] = []
         self._prepared = False
         self.device = find_device(config.device)
-        self.mesh, self._shared = ALONE, SHARED.get(config.method, ()) if config.repulsion_weight else ()
+        self.mesh = ALONE
         if distributed.launched():
             parts = config.data_parts or distributed.best_parts(
                 config.members, distributed.ranks(), config.batch_size
@@ -88,22 +92,19 @@ class Run:
         self.images, self.labels = self.images[rest], self.labels[rest]
         expect(len(self.images) >= 2, "train_size", "2 training images or more", len(self.images))
         self.normalisation = self.data.normalisation or Normalisation.fit(self.images)
-        if self.data.table:
-            shape = (self.images.shape[1], 1, 1)
-        else:
-            shape = (self.images.shape[3] if self.images.ndim == 4 else 1, *self.images.shape[1:3])
-        self.corrupted_files, pixels = None, tuple(self.images.shape[1:])
+        self.trained_on = TrainedOn.of(self.images, self.labels, self.data.classes, self.normalisation)
+        self.corrupted_files, pixels = None, self.trained_on.shape
         if config.corrupted_dir is not None:
             self.corrupted_files = open_corrupted(config.corrupted_dir, pixels, self.data.classes)
         elif "frost" in CORRUPTIONS and not self.data.table:
             texture_folder()  # what is missing is said before the training
         names = config.ood.split(",") if config.ood else ()
         self.unknown = {name: load_unknown(name, pixels, config.ood_dir, config.test_size) for name in names}
-        self._make_model = lambda: models.make(config.model, len(self.data.classes), shape, config.width)
         if self.mesh is ALONE:
             self.ensemble = self._make_ensemble()
         else:
-            self.ensemble = self.mesh.ensemble(self._make_model, config.seed, self._shared).to(self.device)
+            given = (lambda: make_model(config, self.trained_on)), config.seed, shared_layers(config)
+            self.ensemble = self.mesh.ensemble(*given).to(self.device)
             self.mesh.check(self.ensemble, config.strategy)
         self.strength = config.repulsion_weight * len(self.images) / min(config.batch_size, len(self.images))
 
@@ -111,7 +112,8 @@ class Run:
         """Check the folder; with `resume`, read the last state that it holds into `state` (None: none was kept).
 
         Raises FileExistsError for a folder that holds a run which is not to be resumed, or something else, and
-        ValueError for one whose checkpoints are damaged. Damaged ones before a whole one are left in `damaged`.
+        ValueError for one that was begun with other data, or whose checkpoints are damaged. Of those, the ones
+        before a whole one are left in `damaged`.
         """
         if self._prepared:
             return
@@ -131,12 +133,13 @@ class Run:
             expect(not held, "out", "a folder without a run", got, FileExistsError)
         if not resume or self.finished:
             return None, []
+        if (self.folder / trained.FILE).exists():
+            self.trained_on.expect_same(TrainedOn.read(self.folder))
         step, damaged = self.checkpoints.check()
         return step, [str(path) for path in damaged]
 
     def _make_ensemble(self) -> Ensemble:
-        config = self.config
-        return Ensemble(self._make_model, config.members, config.seed, self._shared).to(self.device)
+        return make_ensemble(self.config, self.trained_on).to(self.device)
 
     @property
     def finished(self) -> bool:
@@ -160,9 +163,8 @@ class Run:
             return json.loads((self.folder / "metrics.json").read_text(encoding="utf-8"))
         if progress:
             self.watch = functools.partial(watched, title=f"{self.config.method}: corrupted test sets")
-        if self.mesh.rank == 0:
-            write(self.folder / "config.toml", configuration.to_toml(self.config).encode())
         trainer, loader = self._trainer_and_loader()
+        self.begin()
         seconds = 0.0
         if self.state is not None:
             trainer.load_state_dict(self.state)
@@ -190,12 +192,18 @@ class Run:
         shutil.rmtree(self.checkpoints.folder, ignore_errors=True)
         return metrics
 
+    def begin(self) -> None:
+        """Leave in the folder what a resumed run goes by, unless it is finished."""
+        if self.mesh.rank == 0 and not self.finished:
+            self.trained_on.write(self.folder)
+            write(self.folder / "config.toml", configuration.to_toml(self.config).encode())
+
     def _trainer_and_loader(self) -> tuple[Trainer, Loader]:
         config = self.config
         x = self.normalisation(self.images).to(self.device)
         trainer = Trainer(
             self.ensemble,
-            make(config.method, x, config.alpha, config.score, config.data),
+            make(config.method, x, config.alpha, config.score, config.data, config.rank),
             repulsion_weight=config.repulsion_weight,
             backend=config.backend,
             strategy=config.strategy,
@@ -277,7 +285,8 @@ def open_run(folder: str | Path, data: Images | None = None, **others: str | Non
 
     data  the run's, where it has been read already
 
-    It need not have been trained on this machine: what only training needs may be missing. Raises FileNotFoundError
+    It need not have been trained on this machine: what only training needs may be missing. Other data are normalised
+    as the run's were, and their classes must be among its own; without any data: `load_run`. Raises FileNotFoundError
     or ValueError for a folder without a run.
     """
     folder = Path(folder)
@@ -295,29 +304,12 @@ def open_run(folder: str | Path, data: Images | None = None, **others: str | Non
     )
     settings = configuration.read(folder / "config.toml")
     settings |= {"backend": "auto", "tensorboard": False, "out": str(folder)}
-    if not _is_here(settings.get("device", "auto")):
+    if not is_here(settings.get("device", "auto")):
         settings["device"] = "auto"
-    run = Run(TrainConfig(**{**settings, **others}), data)
+    if "data_dir" in others:
+        settings["train_size"] = None  # other data may have fewer
+    config = TrainConfig(**{**settings, **others})
+    data = load(config.data, config.data_dir, config.download) if data is None else data
+    run = Run(config, TrainedOn.read(folder).fit(data))
     load_ensemble(folder / "checkpoint.safetensors", run.ensemble)
     return run
-
-
-def _is_here(device: str) -> bool:
-    try:
-        find_device(device)
-    except ValueError:
-        return False
-    return True
-
-
-def find_device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and distributed.launched():  # one for each process of this machine
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device: expected one that is here, got {name!r} ({str(error).splitlines()[0]})") from None
-    return device

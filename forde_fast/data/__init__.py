@@ -4,7 +4,7 @@ from forde_fast.data.corrupted import CorruptedFiles, open_corrupted, write_corr
 from forde_fast.data.corruptions import CORRUPTIONS, corrupt
 from forde_fast.data.datasets import DATASETS, Images, Normalisation, load
 from forde_fast.data.loader import Loader
-from forde_fast.data.own import stratified
+from forde_fast.data.own import read_unlabelled, stratified
 from forde_fast.data.unknown import UNKNOWN, load_unknown
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "load",
     "load_unknown",
     "open_corrupted",
+    "read_unlabelled",
     "stratified",
     "write_corrupted",
 ]

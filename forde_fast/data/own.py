@@ -5,11 +5,13 @@ from __future__ import annotations
 import csv
 import warnings
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from forde_fast.data.cifar import load_npy
+from forde_fast.data.corruptions.colour import LUMINANCE
 from forde_fast.validation import expect, reason_of
 
 TEST_SHARE = 0.2  # held out where the data have no test part of their own
@@ -128,6 +130,46 @@ def _upright(pixels: np.ndarray, image) -> np.ndarray:
     pixels = pixels.swapaxes(0, 1) if turn in (5, 6, 7, 8) else pixels
     pixels = pixels[::-1] if turn in (3, 4, 7, 8) else pixels
     return pixels[:, ::-1] if turn in (2, 3, 6, 7) else pixels
+
+
+def read_unlabelled(paths: Sequence[Path], shape: tuple[int, ...]) -> tuple[list[str], np.ndarray]:
+    """Names and contents [N, *shape] of image files, of all that are in folders, and of .npy arrays [N, *shape].
+
+    shape  [H, W] or [H, W, C] of images, which are made grey or RGB as it says, or [F] of features, from arrays alone
+
+    Raises FileNotFoundError or ValueError for what is not there, damaged or of another size.
+    """
+    names, found = [], []
+    for path in paths:
+        expect(path.exists(), "images", "files or folders that are there", path, FileNotFoundError)
+        if path.suffix == ".npy":
+            array = load_npy(path)
+            good = array.shape[1:] == shape and array.dtype.kind == ("u" if len(shape) > 1 else "f")
+            wanted = f"{'uint8' if len(shape) > 1 else 'floating'} [N, {', '.join(map(str, shape))}]"
+            expect(good, str(path), wanted, f"{array.dtype} {list(array.shape)}")
+            names += [f"{path}[{i}]" for i in range(len(array))]
+            found.append(array)
+            continue
+        expect(len(shape) > 1, str(path), f"a .npy array [N, {shape[0]}] of features", "another file")
+        for file in _inside(path) if path.is_dir() else [path]:
+            names.append(str(file))
+            found.append(_in_colours(read_image(file, shape[:2]), shape)[None])
+    expect(len(names) > 0, "images", "at least one image", "none")
+    return names, np.concatenate(found)
+
+
+def _inside(folder: Path) -> list[Path]:
+    return [file for path in _visible(folder) for file in (_inside(path) if path.is_dir() else [path])]
+
+
+def _in_colours(image: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """uint8 [H, W] or [H, W, 3] -> as many channels as in `shape`."""
+    channels = (*shape, 1)[2]
+    if image.ndim == 3 and channels == 1:
+        image = np.floor(image @ LUMINANCE + 0.5).astype(np.uint8)
+    if image.ndim == 2 and channels == 3:
+        image = np.stack([image] * 3, -1)
+    return image.reshape(shape)
 
 
 def load_arrays(path: Path, table: bool) -> Parts:

@@ -9,6 +9,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+from forde_fast.devices import find_device
 from forde_fast.experiments import report as page
 from forde_fast.experiments.lab import SETTINGS, Lab
 from forde_fast.experiments.registry import EXPERIMENTS, run
@@ -16,7 +17,6 @@ from forde_fast.experiments.reproduce import Reproduction
 from forde_fast.experiments.summary import as_markdown
 from forde_fast.experiments.tables import TABLES
 from forde_fast.files import write
-from forde_fast.run import find_device
 from forde_fast.signals import Interrupted
 from forde_fast.validation import one_of
 

@@ -18,11 +18,12 @@ from forde_fast import config as configuration
 from forde_fast.config import TrainConfig
 from forde_fast.data import Images, load, open_corrupted
 from forde_fast.data.corruptions import CORRUPTIONS, EXTRA, HARDER, STANDARD
+from forde_fast.devices import find_device
 from forde_fast.evaluation import mean_scores, score_corrupted, score_members
 from forde_fast.experiments.corrupted import Corrupted
 from forde_fast.experiments.tables import Table
 from forde_fast.files import make_folder, write
-from forde_fast.run import Run, find_device
+from forde_fast.run import Run
 from forde_fast.scoring import diversity, flat
 from forde_fast.validation import NotFinite, expect, refuse
 
