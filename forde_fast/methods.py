@@ -108,7 +108,7 @@ def _pca(images: Tensor, rank: int | None) -> PCA:
 def resolve(method: str | Method) -> Method:
     """A Method, or the one of that name; ValueError lists the names."""
     fitted = isinstance(method, str) and method in LENGTHSCALES
-    expect(not fitted, "method", "'forde' and the lengthscale, such as PCA.fit(images).blend(0.4)", repr(method))
+    expect(not fitted, "method", "'forde' and its lengthscale, such as PCA.fit(images)", repr(method))
     return method if isinstance(method, Method) else METHODS[one_of(method, "method", METHODS)]
 
 

@@ -168,7 +168,7 @@ def test_flags_stand_over_the_file(tmp_path):
 
 def test_configuration_round_trip(tmp_path):
     for path in ('a "quoted" \\ path', "😀 \x7f\t\n", "ö 木"):
-        config = TrainConfig(data_dir=path, width=7, lr=1e-05, augment=True)
+        config = TrainConfig(data="folder", data_dir=path, width=7, lr=1e-05, augment=True)
         (tmp_path / "c.toml").write_text(to_toml(config), encoding="utf-8")
         assert TrainConfig(**read(tmp_path / "c.toml")) == config
     with pytest.raises(ValueError, match=r"^data_dir: expected text in UTF-8, got 'photos\\udcff'"):

@@ -333,8 +333,12 @@ def test_what_a_space_needs_is_said_at_once():
         ValueError, match=r"^shared: expected the name of a layer with trainable parameters, got 'hea'"
     ):
         ff.Ensemble(net, 2, shared="hea")
-    with pytest.raises(ValueError, match=r"^method: expected one of de, forde, weight-rde"):
+    with pytest.raises(ValueError, match=r"^method: expected 'forde' and its lengthscale, .* got 'forde-pca'"):
         ff.Trainer(ff.Ensemble(net, 2), "forde-pca")
+    with pytest.raises(ValueError, match=r"^method: expected one of de, forde, weight-rde"):
+        ff.Trainer(ff.Ensemble(net, 2), "rde")
+    with pytest.raises(ValueError, match=r"^lengthscale: expected None for a method in which nothing repels"):
+        ff.Trainer(ff.Ensemble(net, 2), "de", ff.Identity())
     with pytest.raises(ValueError, match=r"^weight: expected a finite number >= 0"):
         ff.Method(None, weight=-1)
 
@@ -364,3 +368,13 @@ def test_a_users_own_space_and_lengthscale():
         results.append(gradient(ensemble, ensemble.flat, init(ensemble).buffers, x, y, objective))
     assert relative(results[1][0], results[0][0]) < 1e-8
     assert torch.allclose(results[1][1].repulsion, results[0][1].repulsion)
+
+
+def test_pca_of_large_images_is_of_low_rank(monkeypatch):
+    monkeypatch.setattr("forde_fast.methods.WHOLE_PCA", 20)
+    monkeypatch.setattr("forde_fast.methods.RANK", 3)
+    images = torch.randn(40, 1, 5, 5)
+    for given, side, rank in ((None, 5, 3), (None, 4, 16), (7, 5, 7)):
+        scale = make("forde-pca", images[..., :side, :side], rank=given).lengthscale
+        assert scale.rank == rank
+        assert (scale.tail > 0) == (rank < side**2)

@@ -351,6 +351,7 @@ def test_a_run_on_a_table(tmp_path):
         (["--data", "table", "--model", "cnn"], "model: expected mlp, the only one for features"),
         (["--data", "table", "--augment"], "augment: expected no augmentation of features"),
         (["--data", "folder"], "data_dir: expected the place of the data"),
+        (["--data-dir", "photos"], "data_dir: expected none for fashion-mini, which comes with the package"),
         (["--data", "cifar10", "--data-dir", "/nowhere"], "expected a file that is there"),
         (["--corrupted-dir", "/nowhere"], "corrupted_dir: expected a folder of .npy files"),
         (["--validation", "1"], "validation: expected a share from 0 to below 1, got 1.0"),

@@ -117,13 +117,13 @@ def test_what_cannot_be_predicted_is_one_line(trained, tmp_path, capsys, given):
 
 @pytest.mark.parametrize("images", [torch.zeros(2, 8, 8, dtype=torch.uint8), torch.zeros(0, 8, 8, 3), [[0.0]]])
 def test_images_of_another_shape_are_refused(trained, images):
-    with pytest.raises((TypeError, ValueError), match="^images: expected"):
+    with pytest.raises((TypeError, ValueError), match=r"^images: expected"):
         ff.load_run(trained[0]).predict(images)
 
 
 def test_other_data_are_normalised_as_the_training_images(trained, tmp_path):
     """The same test images beside darker training images: the scores are the same."""
-    out, data = trained
+    out, _ = trained
     own, other = open_run(out), open_run(out, data_dir=str(pets(tmp_path / "dark", dark=True)))
     assert other.normalisation == own.normalisation
     assert torch.equal(other.test_images, own.test_images)
@@ -131,7 +131,7 @@ def test_other_data_are_normalised_as_the_training_images(trained, tmp_path):
 
 
 def test_classes_are_known_by_their_names(trained, tmp_path, capsys):
-    out, data = trained
+    out, _ = trained
     some = pets(tmp_path / "some")
     for part in ("train", "test"):
         shutil.rmtree(some / part / "birds")
@@ -167,7 +167,7 @@ def test_changed_data_are_not_gone_on_with(tmp_path, capsys):
 )
 def test_a_damaged_file_of_facts_is_one_line(tmp_path, content):
     (tmp_path / "data.json").write_text(content)
-    with pytest.raises(ValueError, match="data.json: expected what a run keeps of its data, got "):
+    with pytest.raises(ValueError, match=r"data\.json: expected what a run keeps of its data, got "):
         TrainedOn.read(tmp_path)
 
 

@@ -10,9 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from forde_fast.devices import find_device
+from forde_fast.experiments import registry
 from forde_fast.experiments import report as page
 from forde_fast.experiments.lab import SETTINGS, Lab
-from forde_fast.experiments.registry import EXPERIMENTS, run
 from forde_fast.experiments.reproduce import Reproduction
 from forde_fast.experiments.summary import as_markdown
 from forde_fast.experiments.tables import TABLES
@@ -81,7 +81,7 @@ def report(command):
 
 def experiment(command):
     """One experiment of the paper, as a page with tables and figures."""
-    command.add_argument("name", help=f"one of {', '.join(EXPERIMENTS)}")
+    command.add_argument("name", help=f"one of {', '.join(registry.EXPERIMENTS)}")
     command.add_argument("--setting", default="small", help="small, paper or paper-cifar10; default: %(default)s")
     names = ("data", "model", "width", "members", "epochs", "repulsion_weight")
     command.add_settings(*names, default="the setting's")
@@ -92,7 +92,7 @@ def experiment(command):
 
     def call(options) -> int:
         def prepare():
-            one_of(options.name, "name", EXPERIMENTS)
+            one_of(options.name, "name", registry.EXPERIMENTS)
             setting = SETTINGS[one_of(options.setting, "setting", SETTINGS)]
             given = {name: getattr(options, name) for name in (*names, "seeds") if getattr(options, name) is not None}
             out = Path(options.out or f"runs/experiments/{options.name}")
@@ -101,7 +101,7 @@ def experiment(command):
 
         lab = options.parser.checked(prepare)
         try:
-            print(run(options.name, lab))
+            print(registry.run(options.name, lab))
         except (OSError, ValueError, MemoryError) as error:
             options.parser.stop(str(error))
         return 0
