@@ -61,7 +61,7 @@ class Recorder:
         if self.reason or full or self.came[kind] == 1:
             return self.update(x, y, rate, *rest)
         if self.came[kind] == 2:
-            log, self.reason = watched(lambda: self.update(x, y, rate, *rest))
+            log, self.reason = waits_in(lambda: self.update(x, y, rate, *rest))
             return log
         if shape not in self.inputs:
             on_device = torch.empty((), dtype=torch.float64, device=x.device)
@@ -111,7 +111,7 @@ def _stream(device: torch.device) -> torch.cuda.Stream:
     return _streams[device]
 
 
-def watched(run: Callable[[], Log]) -> tuple[Log, str]:
+def waits_in(run: Callable[[], Log]) -> tuple[Log, str]:
     """What `run` returns, and what in it waited for the device; empty if nothing did."""
     before = torch.cuda.get_sync_debug_mode()
     with warnings.catch_warnings(record=True) as found:

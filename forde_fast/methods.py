@@ -72,7 +72,7 @@ FUNCTION = Method(Outputs(), normalize=False, bandwidth=WHOLE, prior=Cauchy(1e-6
 FEATURE_PRIOR = {"cifar10": 1e-3}  # the published scales; 5e-3 on CIFAR-100 and TinyImageNet
 
 # The scale of each repulsion beside the mean cross-entropy is the published one; "weight-rde" has 1 here and 1 / N,
-# N the number of training images, by `make`. The prior of "function-rde" is an analogy: see the README.
+# N the number of training images, by `make`. The prior of "function-rde" is not published: feature-rde's, on logits.
 METHODS = {
     "de": Method(space=None),
     "forde": Method(InputGradients()),

@@ -134,6 +134,9 @@ class Trainer:
         validation.whole(seed, "seed", least=0)
         validation.truth(accelerate, "accelerate")
         validation.one_of(strategy, "strategy", ("auto", *KINDS))
+        for name, choice in (("channels_last", channels_last), ("cuda_graph", cuda_graph)):
+            known = choice is None or isinstance(choice, bool)
+            expect(known, name, "None, True or False", repr(choice), TypeError)
         if memory_budget is not None:
             validation.whole(memory_budget, "memory_budget")
             expect(members_at_a_time is None, "memory_budget", "None beside members_at_a_time", memory_budget)
@@ -144,6 +147,7 @@ class Trainer:
         self._strategy = Strategy("loop", members_at_a_time, precision)  # `strategy` goes into it at the first step
         self.ensemble, self.mesh = ensemble, mesh
         self.members = mesh.members(ensemble)  # M; the ensemble has those of this rank
+        self.optimizer = None if optimizer is None else _made(optimizer, ensemble)
         # where nothing repels there is no second-order pass, and training on a CPU stays plain PyTorch's to the byte
         # unless strategy="auto" finds other layers faster; on a GPU the layers pay in the first order too
         self._may_accelerate = accelerate
@@ -151,7 +155,6 @@ class Trainer:
         self.acceleration = second_order.accelerate(ensemble) if self._accelerate else second_order.Acceleration()
         mesh.prepare(ensemble, strategy)
         self.velocity = torch.zeros_like(ensemble.flat)
-        self.optimizer = None if optimizer is None else _made(optimizer, ensemble)
         self.seed = seed
         self.steps = self.epochs = 0  # done
         self.rows = 0  # members x samples of the last step
@@ -159,8 +162,7 @@ class Trainer:
         self._random: list[Tensor] = []  # the generators' states at a `position` that was loaded
         self._check = Check(ensemble)
         self._seen = Log(*torch.zeros(len(Log._fields), device=ensemble.flat.device))
-        # of the present epoch's logs
-        self._log_sum = torch.zeros(len(Log._fields), dtype=torch.float64, device=ensemble.flat.device)
+        self._log_sum = self._seen.cross_entropy.new_zeros(len(Log._fields), dtype=torch.float64)  # this epoch's
 
     def step(self, x: Tensor, y: Tensor, rate: float = 1.0) -> Log:
         """One update on the batch x [B, ...], y [B], with the learning rate times `rate`."""

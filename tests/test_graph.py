@@ -187,12 +187,12 @@ def test_what_waits_is_found_and_other_warnings_pass(monkeypatch):
         return 5
 
     with pytest.warns(UserWarning, match="something else") as seen:
-        log, reason = graph.watched(run)
+        log, reason = graph.waits_in(run)
     assert len(seen) == 1
     assert log == 5
     assert reason.startswith(f"a step waits for the device ({__file__}, line ")
     assert modes == ["warn", 0]
-    assert graph.watched(lambda: 6) == (6, "")
+    assert graph.waits_in(lambda: 6) == (6, "")
 
 
 def test_channels_last_changes_nothing_but_rounding():

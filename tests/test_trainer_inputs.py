@@ -104,6 +104,8 @@ BAD_ARGUMENTS = [
     ({"repulsion_weight": -1}, ValueError, r"^repulsion_weight: expected a finite number >= 0, got -1"),
     ({"repulsion_weight": float("inf")}, ValueError, r"^repulsion_weight: expected a finite number >= 0"),
     ({"weight_decay": -1e-4}, ValueError, r"^weight_decay: expected a finite number >= 0, got -0.0001"),
+    ({"cuda_graph": "no"}, TypeError, r"^cuda_graph: expected None, True or False, got 'no'"),
+    ({"channels_last": 1}, TypeError, r"^channels_last: expected None, True or False, got 1"),
     ({"momentum": 1.5}, ValueError, r"^momentum: expected a number below 1, got 1.5"),
     ({"momentum": -0.9}, ValueError, r"^momentum: expected a finite number >= 0, got -0.9"),
     ({"lengthscale": "pca"}, TypeError, r"^lengthscale: expected None or a lengthscale .*, got str"),

@@ -79,7 +79,7 @@ def _measure(case: Case, providers: list[str], rounds: int, caches: tuple[str, .
     particles = torch.randn(case.shape, device=case.device, dtype=DTYPES[case.dtype])
     scale = make_lengthscale(case)
     rows, calls = [], {}
-    # or whether a result's memory must be fetched anew depends on where the heap happens to end
+    # large memory is given back at once: else whether a result's must be fetched anew depends on where the heap ends
     with matmul_precision(case.precision), heap.large_given_back():
         for name in providers:
             missing = _prove(name, case, particles, scale, calls)

@@ -91,7 +91,7 @@ def groups_of(rows: dict) -> list[str]:
 
 
 def signed(number: float, digits: int) -> str:
-    """With its sign, which what rounds to 0 has none of."""
+    """With its sign; what rounds to 0 has none."""
     text = f"{number:+.{digits}f}"
     return text if float(text) else text[1:]
 
