@@ -44,7 +44,7 @@ class StandIn:
 def stand_in(monkeypatch):
     stand_in = StandIn()
     monkeypatch.setattr(graph, "why_not", lambda *_: "")
-    monkeypatch.setattr(graph, "watched", lambda run: (run(), ""))
+    monkeypatch.setattr(graph, "waits_in", lambda run: (run(), ""))
     monkeypatch.setattr(graph, "record", stand_in.record)
     return stand_in
 
@@ -153,7 +153,7 @@ def test_what_cannot_be_recorded_is_computed_as_usual(stand_in, monkeypatch):
         finally:
             raise RuntimeError("invalidated")
 
-    for name, stand in (("record", fails), ("watched", lambda run: (run(), "it waits"))):
+    for name, stand in (("record", fails), ("waits_in", lambda run: (run(), "it waits"))):
         with monkeypatch.context() as patched:
             patched.setattr(graph, name, stand)
             trainers = pair()
