@@ -121,8 +121,6 @@ class Trainer:
         expect(isinstance(ensemble, Ensemble), "ensemble", "an Ensemble", type(ensemble).__name__, TypeError)
         ensemble.check_built()
         method = resolve(method)
-        used = method.space is not None or lengthscale is None
-        expect(used, "lengthscale", "None for a method in which nothing repels", lengthscale)
         lengthscale = method.lengthscale if lengthscale is None else lengthscale
         self.objective = Objective(method, lengthscale, repulsion_weight, eps, backend, loss,
                                    repulsion_every, repulsion_samples)  # fmt: skip

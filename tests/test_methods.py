@@ -337,8 +337,6 @@ def test_what_a_space_needs_is_said_at_once():
         ff.Trainer(ff.Ensemble(net, 2), "forde-pca")
     with pytest.raises(ValueError, match=r"^method: expected one of de, forde, weight-rde"):
         ff.Trainer(ff.Ensemble(net, 2), "rde")
-    with pytest.raises(ValueError, match=r"^lengthscale: expected None for a method in which nothing repels"):
-        ff.Trainer(ff.Ensemble(net, 2), "de", ff.Identity())
     with pytest.raises(ValueError, match=r"^weight: expected a finite number >= 0"):
         ff.Method(None, weight=-1)
 
