@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 from collections.abc import Callable
 from typing import NoReturn, TypeVar
 
@@ -16,10 +17,15 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+PATIENCE = 10.0  # seconds that the others leave the first process to say it: torchrun stops all when one ends
+
+
 class Parser(argparse.ArgumentParser):
     """One line for bad input, and exit status 2; of several processes, one says it."""
 
     def error(self, message: str) -> NoReturn:
+        if rank():
+            time.sleep(PATIENCE)
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
 
     def exit(self, status: int = 0, message: str | None = None) -> NoReturn:

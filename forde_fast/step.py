@@ -19,11 +19,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from forde_fast import validation
+from forde_fast.diagnosis import cosine, of_distances
 from forde_fast.ensemble import Ensemble
 from forde_fast.methods import Method
 from forde_fast.operators import UNUSABLE
 from forde_fast.repulsion import check_backend, repulsion
-from forde_fast.rule import FLOOR, Median, median
 from forde_fast.strategies import LOOP, Graphs, Strategy
 from forde_fast.types import Repulsion
 from forde_fast.validation import expect
@@ -348,27 +348,10 @@ def _repel(values: Tensor, objective: Objective, batch: int) -> tuple[Tensor, Re
 
 def _diagnose(particles: Tensor, result: Repulsion, dead: Tensor, method: Method) -> dict[str, Tensor]:
     """What the log says of particles [M, B, D]: two passes over them, the rest on [M, M, B]."""
-    members, groups, _ = particles.shape
-    pairs, bandwidth = members * (members - 1), method.bandwidth
-    first = getattr(bandwidth, "owner", "second") == "first"
-    norms = torch.linalg.vector_norm(particles, dim=-1)
-    scales = norms.clamp_min(1e-12).reciprocal()
-    sums = torch.einsum("mg,mgd->gd", scales, particles)  # over the members, of what is scaled to norm 1
-    aligned = sums.square().sum() - (norms * scales).square().sum()
-    exact, h = result.distances.double(), result.bandwidth.double()
-    kernel = torch.exp(-exact / (h[:, None] if first else h))
-    if bandwidth == "median" or bandwidth == Median():  # h is the median over a constant
-        middle = (h - FLOOR).mean() * Median().log_count(exact.shape[1])
-    else:
-        middle = median(exact, (0,)).mean()
-    return {
-        "repulsion": result.value,
-        "bandwidth_median": middle,
-        "gradient_cosine": aligned / (pairs * groups),
-        "weight_entropy": torch.special.entr(kernel / kernel.sum((1, 2), keepdim=True)).sum() / members,
-        "kernel_mean": (kernel.sum() / groups - members) / pairs,
-        "dead_rows": dead.sum(),
-    }
+    groups = particles.shape[1]
+    found = of_distances(result.distances, result.bandwidth, method.bandwidth, groups)
+    aligned = cosine(particles, torch.linalg.vector_norm(particles, dim=-1)) / groups
+    return found | {"repulsion": result.value, "gradient_cosine": aligned, "dead_rows": dead.sum()}
 
 
 def _measure_inputs(x: Tensor, particles: Tensor, lengthscale, ranks: Alone) -> dict[str, Tensor]:

@@ -15,12 +15,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from forde_fast.diagnosis import cosine, of_distances
 from forde_fast.distributed.exchange import Exchange
 from forde_fast.distributed.parts import cut
 from forde_fast.lengthscales import Identity
 from forde_fast.precision import matmul
 from forde_fast.repulsion import combine, distances
-from forde_fast.rule import Rule, kernel_rule, median
+from forde_fast.rule import Rule, kernel_rule
 from forde_fast.step import Objective, on_share
 from forde_fast.strategies import Graphs
 from forde_fast.validation import expect
@@ -79,7 +80,7 @@ class BySamples:
         self.exchange.send_back(gradient.mul_(own.repulsion_weight * self.weight))
         self.particles = values
         self.dead = torch.linalg.vector_norm(values, dim=-1).square() <= own.eps
-        found["gradient_cosine"] = _cosine(everyone, torch.linalg.vector_norm(everyone, dim=-1)) / samples
+        found["gradient_cosine"] = cosine(everyone, torch.linalg.vector_norm(everyone, dim=-1)) / samples
         return found | {"repulsion": value / self.mesh.ranks, "dead_rows": self.dead.sum()}
 
     def _rule(self, d: Tensor, samples: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -88,7 +89,7 @@ class BySamples:
         if isinstance(bandwidth, Rule) or getattr(bandwidth, "over", None) == "batch":  # they need all distances
             d, here = self.mesh.gather_groups(d)
             value, c, h = kernel_rule(d, bandwidth)
-            return value, c[..., here], _numbers(d, h, bandwidth, samples, None, self.mesh.ranks)
+            return value, c[..., here], of_distances(d, h, bandwidth, samples, None, self.mesh.ranks)
         rows = []
 
         def reduce(sums: Tensor) -> Tensor:
@@ -96,7 +97,7 @@ class BySamples:
             return rows[0]
 
         value, c, h = kernel_rule(d, bandwidth, samples, reduce)
-        return value, c, _numbers(d, h, bandwidth, samples, rows[0], self.mesh.ranks)
+        return value, c, of_distances(d, h, bandwidth, samples, rows[0], self.mesh.ranks)
 
     def cotangents(self, group: slice) -> Tensor:
         return torch.stack([self._cotangent(k) for k in range(group.start, group.stop)])
@@ -163,10 +164,10 @@ class ByColumns:
         prior = _prior_gradient(own.method, here)
         self.exchange.send_back((gradient if prior is None else gradient.add_(prior, alpha=self.weight)).mT)
         groups = d.shape[2]
-        found = _numbers(d, h, own.method.bandwidth, groups, None, ranks)
-        cosine = _cosine(fixed, norms, *((1, ranks) if self.together is None else (ranks, ranks))) / groups
+        found = of_distances(d, h, own.method.bandwidth, groups, None, ranks)
+        aligned = cosine(fixed, norms, *((1, ranks) if self.together is None else (ranks, ranks))) / groups
         dead = (norms.square() <= own.eps).sum() / ranks
-        return found | {"gradient_cosine": cosine, "repulsion": value / ranks, "dead_rows": dead}
+        return found | {"gradient_cosine": aligned, "repulsion": value / ranks, "dead_rows": dead}
 
     def cotangents(self, group: slice) -> Tensor:
         return torch.stack([self._cotangent(k) for k in range(group.start, group.stop)])
@@ -199,32 +200,3 @@ def _prior_gradient(method, values: Tensor) -> Tensor | None:
     values = values.detach().requires_grad_()
     penalty = method.prior(getattr(method.space, "known", lambda own: own)(values))
     return torch.autograd.grad(penalty, values)[0]
-
-
-def _numbers(d: Tensor, h: Tensor, bandwidth, groups: int, rows: Tensor | None, ranks: int) -> dict[str, Tensor]:
-    """This rank's share in what the log says of distances.
-
-    d     [M, M, G] of its groups, of which there are `groups` in all, or of all
-    rows  the kernel's sums over all groups where d has some; None: d has all, and every rank says the same
-    """
-    members, first = len(d), getattr(bandwidth, "owner", "second") == "first"
-    pairs, same = members * (members - 1), ranks if rows is None else 1
-    exact = d.double()
-    kernel = torch.exp(-exact / (h[:, None] if first else h))
-    sums = kernel.sum((1, 2), keepdim=True) if rows is None else rows
-    return {
-        "bandwidth_median": median(exact, (0,)).sum() / (members * groups) / same,
-        "weight_entropy": torch.special.entr(kernel / sums).sum() / members / same,
-        "kernel_mean": kernel.sum() / (groups * pairs) / same - members / (pairs * ranks),
-    }
-
-
-def _cosine(particles: Tensor, norms: Tensor, ranks: int = 1, norms_ranks: int = 1) -> Tensor:
-    """The mean over pairs of members, summed over groups: particles [M, G, D], norms [M, G].
-
-    ranks, norms_ranks  how many ranks have the same particles and the same norms
-    """
-    scales = norms.clamp_min(1e-12).reciprocal()
-    sums = torch.einsum("mg,mgd->gd", scales, particles)
-    aligned = sums.square().sum() / ranks - (norms * scales).square().sum() / norms_ranks
-    return aligned / (len(particles) * (len(particles) - 1))
