@@ -11,7 +11,7 @@ import torch
 from scipy import stats
 
 from forde_fast import cli
-from forde_fast.data.corruptions import corrupt
+from forde_fast.data.corruptions import EXTRA, STANDARD, corrupt
 from forde_fast.experiments import reproduce, summary
 from forde_fast.experiments.corrupted import Corrupted
 from forde_fast.experiments.reproduce import TUNING_SEED, Reproduction, Setting
@@ -120,6 +120,38 @@ def test_a_run_of_another_setting_does_not_stand_for_the_tuned_one(tmp_path, mon
     error = capsys.readouterr().err.splitlines()[-1]
     assert "weight_decay: expected 0.005 in" in error
     assert "got 0.0005 (tuned over other candidates" in error
+
+
+def test_tuning_minimises_validation_scores_clean_and_under_corruptions_that_are_not_reported(tmp_path, monkeypatch):
+    runs, losses = [], {TUNING_SEED: (1.0, 4.0), TUNING_SEED + 1: (8.0, 19.0)}
+
+    def trained(run, resume):
+        runs.append(run)
+        scores = dict(zip(("validation", "validation_corrupted"), losses[run.config.seed], strict=True))
+        metrics = {group: {"nll": nll, "accuracy": 0.5} for group, nll in scores.items()}
+        run.folder.mkdir(parents=True)
+        (run.folder / "metrics.json").write_text(json.dumps(metrics))
+        return metrics
+
+    monkeypatch.setattr(reproduce.TunedRun, "train", trained)
+    monkeypatch.setattr(reproduce, "EXTRA", EXTRA)
+    table = Reproduction(replace(TINY, tuning_seeds=2, spread=False), tmp_path)
+    table.begun = 0.0
+    setting = Setting(5e-4, 1.0, 0.4)
+    assert table.loss("de", setting) == (1 + 4 + 8 + 19) / 4
+    reported = table._test_sets(reproduce.TableRun(table.config("de", setting, 0, "run"), table.data))
+    assert not set(EXTRA) & {*STANDARD, *reported["corrupted_grey"].names}
+    for run in runs:
+        copies, seen, predict = list(run.corrupted(run)), [], run.predict
+        assert [part[:2] for part in copies] == [(name, severity) for name in EXTRA for severity in range(1, 6)]
+        for name, severity, images, labels in copies:
+            assert torch.equal(images, corrupt(run.valid_images, name, severity, 1, "grey"))
+            assert torch.equal(labels, run.valid_labels)
+        monkeypatch.setattr(run, "predict", lambda images: seen.append(images) or predict(images))  # noqa: B023
+        run.evaluate()
+        wanted = [run.valid_images, *(images for _, _, images, _ in copies)]
+        assert all(torch.equal(a, b) for a, b in zip(seen, wanted, strict=True))
+    assert not torch.equal(runs[0].valid_images, runs[1].valid_images)
 
 
 def test_a_run_that_diverged_is_not_chosen(tmp_path, monkeypatch):
