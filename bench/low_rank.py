@@ -21,8 +21,8 @@ import torch
 from timing import interleaved, quantiles
 
 from forde_fast.benchmark.cases import make_cases, make_lengthscale
-from forde_fast.benchmark.floors import matmul_precision
 from forde_fast.benchmark.providers import check
+from forde_fast.precision import products_in
 from forde_fast.repulsion import DEFAULT, _half_factor
 from forde_fast.timing import captured
 from forde_fast.types import Repulsion
@@ -94,7 +94,7 @@ def compare(libraries: dict[str, Path], case, rounds: int) -> None:
     if half is None:
         raise SystemExit(f"{case.shape}: not a shape of this kernel, or not a GPU of the Hopper generation")
     print(*case.shape, sep=" x ")
-    with matmul_precision("tf32"):
+    with products_in("tf32"):
         for name, library in libraries.items():
             call = make_call(library, particles, *half)
             wrong = check(call(), particles, scale)

@@ -81,15 +81,34 @@ def _(a, b, precision):
 
 
 @contextlib.contextmanager
-def products_in(precision: str) -> Iterator[None]:
-    """PyTorch's own products of float32 on CUDA, "tf32" or "ieee"."""
-    setting = torch.backends.cuda.matmul
-    before, general = setting.fp32_precision, torch.backends.fp32_precision
-    setting.fp32_precision = precision
+def products_in(precision: str, convolutions: bool = False) -> Iterator[None]:
+    """PyTorch's own products of float32, "tf32" or "ieee", and its `convolutions` too; afterwards all is as it was.
+
+    PyTorch keeps this for each library, and in an older setting, which sets those of the products too and is the one
+    that torch.compile asks for. Where they contradict each other, asking for the older one is an error.
+    """
+    general, conv = torch.backends.cudnn, torch.backends.cudnn.conv
+    cuda, cpu = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    before = _own(cuda, general), _own(cpu, torch.backends.mkldnn)
+    convolved = _own(conv, general) if convolutions else None
+    cuda.fp32_precision = cpu.fp32_precision = "ieee"  # which contradicts none of the older setting's values
+    older = torch.get_float32_matmul_precision()
     try:
+        torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+        if convolutions:
+            conv.fp32_precision = precision
         yield
     finally:
-        setting.fp32_precision = "none" if before == general else before  # "none": whatever the general one is
+        torch.set_float32_matmul_precision(older)
+        cuda.fp32_precision, cpu.fp32_precision = before
+        if convolutions:
+            conv.fp32_precision = convolved
+
+
+def _own(setting, general) -> str:
+    """What is set there; "none" where the general one stands for it, which a setting shows as its own."""
+    value = setting.fp32_precision
+    return "none" if value != "none" and value == general.fp32_precision else value
 
 
 @torch.library.register_fake("forde_fast::matmul")

@@ -18,6 +18,7 @@ from torch import Tensor
 from forde_fast import validation
 from forde_fast.ensemble import Ensemble
 from forde_fast.members import One, Stacked, autocast
+from forde_fast.precision import products_in
 
 KINDS = ("loop", "stacked", "streams")
 PRECISIONS = ("full", "tf32", "bf16")
@@ -190,7 +191,8 @@ class Graphs:
 
     @contextlib.contextmanager
     def _running(self) -> Iterator[Callable]:
-        with _products_in(self.strategy.precision), self.streams:
+        rounds = self.strategy.precision == "tf32" and torch.cuda.is_available()
+        with products_in("tf32", convolutions=True) if rounds else contextlib.nullcontext(), self.streams:
             yield self.streams.of
 
 
@@ -261,21 +263,6 @@ def _write(out: Tensor, gradients: tuple[Tensor, ...]) -> None:
     for view, one in pairs:  # other layouts would keep foreach from one launch for all
         if not one.is_contiguous():
             view.copy_(one)
-
-
-@contextlib.contextmanager
-def _products_in(precision: str) -> Iterator[None]:
-    if precision != "tf32" or not torch.cuda.is_available():
-        yield
-        return
-    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("high")
-    torch.backends.cudnn.allow_tf32 = True
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before[0])
-        torch.backends.cudnn.allow_tf32 = before[1]
 
 
 class _Streams:

@@ -1,5 +1,7 @@
 """Precision of the matrix products on CUDA: what tf32 costs, by its rounding done on the CPU, and the setting."""
 
+import contextlib
+import itertools
 import sys
 
 import pytest
@@ -7,7 +9,8 @@ import torch
 
 import forde_fast as ff
 from forde_fast import reference
-from forde_fast.precision import PRECISIONS, matmul, terms
+from forde_fast.precision import PRECISIONS, matmul, products_in, terms
+from forde_fast.strategies import Graphs, Strategy
 from forde_fast.testing import make_particles, make_pca
 
 
@@ -67,6 +70,64 @@ def test_precision_means_nothing_on_a_cpu():
     a, b = torch.randn(3, 2, 5), torch.randn(5, 4)
     assert all(torch.equal(matmul(a, b, precision), a @ b) for precision in PRECISIONS)
     torch.library.opcheck(torch.ops.forde_fast.matmul, (a, b, "tf32"))
+
+
+CUDA, MKLDNN, CONVOLUTIONS = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul, torch.backends.cudnn.conv
+
+
+def shown():
+    """All that PyTorch tells of its precision; None for what it refuses to tell."""
+    older = None
+    with contextlib.suppress(RuntimeError):
+        older = torch.get_float32_matmul_precision()
+    return older, *(setting.fp32_precision for setting in (CUDA, MKLDNN, CONVOLUTIONS, torch.backends))
+
+
+@pytest.fixture
+def any_setting():
+    """Leaves PyTorch as it is when it is imported."""
+    yield
+    torch.backends.fp32_precision = "none"
+    torch.set_float32_matmul_precision("highest")
+    CUDA.fp32_precision = MKLDNN.fp32_precision = "none"
+    CONVOLUTIONS.fp32_precision = "tf32"
+
+
+STATES = [
+    *itertools.product(("highest", "high", "medium"), (None,), (None,), ("none",)),  # by the older setting alone
+    *itertools.product(("highest", "high"), ("none", "ieee", "tf32"), ("none", "ieee", "bf16"), ("none", "tf32")),
+]
+
+
+@pytest.mark.parametrize("state", STATES, ids=str)
+@pytest.mark.parametrize("precision", ["tf32", "ieee"])
+def test_the_setting_is_left_as_it_was(state, precision, any_setting):
+    older, cuda, cpu, general = state
+    torch.set_float32_matmul_precision(older)
+    CUDA.fp32_precision = CUDA.fp32_precision if cuda is None else cuda
+    MKLDNN.fp32_precision = MKLDNN.fp32_precision if cpu is None else cpu
+    torch.backends.fp32_precision = general
+    before = shown()
+    for convolutions in (True, False):
+        with contextlib.suppress(KeyError), products_in(precision, convolutions):
+            expected = "high" if precision == "tf32" else "highest"  # torch.compile may ask for it
+            convolved = precision if convolutions else before[3]
+            assert shown() == (expected, precision, precision, convolved, general)
+            raise KeyError
+        assert shown() == before
+    if cuda != general:  # what the general setting stands for is not written down as the product's own
+        torch.backends.fp32_precision = "none"
+        assert CUDA.fp32_precision == (cuda or {"highest": "ieee"}.get(older, "tf32"))
+
+
+def test_a_strategy_takes_any_setting(any_setting, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    ensemble, strategy = ff.Ensemble(lambda: torch.nn.Linear(2, 2), 2), Strategy(precision="tf32")
+    graphs = Graphs(ensemble, ensemble.flat, None, torch.randn(3, 2), torch.zeros(3), None, strategy)
+    CUDA.fp32_precision = "tf32"  # by the newer setting alone
+    with graphs._running():
+        assert shown() == ("high", "tf32", "tf32", "tf32", "none")
+    assert shown() == (None, "tf32", "none", "tf32", "none")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -26,9 +26,10 @@ from forde_fast.benchmark.cases import (
     make_cases,
     make_lengthscale,
 )
-from forde_fast.benchmark.floors import count, floor_of, matmul_precision, peaks
+from forde_fast.benchmark.floors import count, floor_of, peaks
 from forde_fast.benchmark.providers import PLAIN, PROVIDERS, check, make_provider, unusable
 from forde_fast.guards import available
+from forde_fast.precision import products_in
 from forde_fast.timing import append, captured, interleaved, quantiles, ratio
 
 __all__ = ["DEFAULT_SHAPES", "DTYPES", "GROUPS", "PROVIDERS", "SHAPES", "as_text", "bench", "default_device", "keep"]
@@ -80,7 +81,7 @@ def _measure(case: Case, providers: list[str], rounds: int, caches: tuple[str, .
     scale = make_lengthscale(case)
     rows, calls = [], {}
     # large memory is given back at once: else whether a result's must be fetched anew depends on where the heap ends
-    with matmul_precision(case.precision), heap.large_given_back():
+    with products_in(case.precision), heap.large_given_back():
         for name in providers:
             missing = _prove(name, case, particles, scale, calls)
             rows += [_row(case, name, **missing)] if missing else []

@@ -15,7 +15,6 @@ matrix product in the precision used, and the pairs' FLOP over that of one in fl
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Callable
 
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor
 
 from forde_fast.benchmark.cases import DTYPES, IMAGES, Case
+from forde_fast.precision import products_in
 from forde_fast.timing import interleaved, quantiles
 
 ON_CHIP = {"cpu": 512 << 10, "cuda": 227 << 10}  # bytes: level-2 cache of a core, shared memory of a multiprocessor
@@ -83,24 +83,10 @@ def peaks() -> dict[str, float]:
     x, y = a.bfloat16(), b.bfloat16()
     found = {"copy": 2 * source.nbytes / _seconds(source.clone), "bfloat16": 2 * 8192**3 / _seconds(lambda: x @ y)}
     for precision in ("ieee", "tf32"):
-        with matmul_precision(precision):
+        with products_in(precision):
             found[precision] = 2 * 8192**3 / _seconds(lambda: a @ b)
     return found
 
 
 def _seconds(call: Callable[[], object]) -> float:
     return quantiles(interleaved({"": call}, 20, "cuda")[""])[1]
-
-
-@contextlib.contextmanager
-def matmul_precision(precision: str):
-    """Products of float32 matrices in "ieee" float32 or in "tf32".
-
-    By the setting that torch.compile asks for: within `precision.products_in("tf32")` asking for it is an error.
-    """
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
