@@ -75,7 +75,8 @@ def _compare(command):
             expect(len(set(names)) == len(names), "methods", "each method once", options.methods)
             own = [_config(options, {**settings, "method": name, "out": str(folder / name)}) for name in names]
             loaded = functools.cache(load)  # once for all
-            runs = [Run(config, loaded(config.data, config.data_dir, config.download)) for config in own]
+            read = [loaded(c.data, c.data_dir, c.download, c.image_size) for c in own]
+            runs = [Run(config, data) for config, data in zip(own, read, strict=True)]
             return folder, [_prepared(options, run) for run in runs]
 
         folder, runs = options.parser.checked(prepare)
@@ -119,6 +120,7 @@ def _corrupt(command):
     command.add_argument("--data", default="fashion-mini", metavar="NAME", help=f"one of {', '.join(DATASETS)}")
     command.add_argument("--data-dir", help="where a set lies that does not come with the package")
     command.add_argument("--download", action="store_true", help="fetch it where it has a public address")
+    command.add_settings("image_size")
     command.add_argument("--out", required=True, type=Path, help="the folder, such as Fashion-MNIST-C")
     command.add_argument("--names", metavar="NAME,...", help=f"default: all, {', '.join(CORRUPTIONS)}")
     command.add_argument("--preset", default="cifar", help=f"one of {', '.join(PRESETS)}; default: %(default)s")
@@ -128,7 +130,7 @@ def _corrupt(command):
     def call(options) -> int:
         def work():
             one_of(options.data, "data", DATASETS)
-            data = load(options.data, options.data_dir, options.download)
+            data = load(options.data, options.data_dir, options.download, options.image_size)
             expect(not data.table, "data", "images", "a table of features")
             if options.test_size is not None:
                 whole(options.test_size, "test_size")

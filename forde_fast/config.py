@@ -10,6 +10,7 @@ from pathlib import Path
 
 from forde_fast import validation
 from forde_fast.data import DATASETS, UNKNOWN
+from forde_fast.data.datasets import check_image_size
 from forde_fast.methods import NAMES
 from forde_fast.models import MODELS
 from forde_fast.repulsion import BACKENDS, available_backends
@@ -33,6 +34,9 @@ class TrainConfig:
 
     data: str = _setting("fashion-mini", f"one of {', '.join(DATASETS)}")
     data_dir: str | None = _setting(None, "folder or file of a data set that does not come with the package")
+    image_size: int | None = _setting(
+        None, "pixels of a side to which the images of --data folder are scaled and cut; default: they have one size"
+    )
     download: bool = _setting(False, "fetch the data where they have a public address")
     train_size: int | None = _setting(None, "only the first so many training images")
     test_size: int | None = _setting(None, "only the first so many test images, each scored under every corruption")
@@ -123,6 +127,7 @@ class TrainConfig:
         for name in ("corrupted_dir", "ood"):
             held = getattr(self, name)
             expect(self.data != "table" or not held, name, "none for a table of features", held)
+        check_image_size(self.image_size, self.data)
         expect(self.data != "table" or not self.augment, "augment", "no augmentation of features", self.augment)
         if self.backend != "auto":
             backend = available_backends()[self.backend]

@@ -74,7 +74,9 @@ class Run:
             self.mesh = distributed.Mesh(config.members, parts, config.sync_batchnorm, self.device.type)
         self.own = range(config.members)[self.mesh.own]
         self.checkpoints = Checkpoints(self.folder / "checkpoints", self.mesh.rank, self.mesh.ranks)
-        self.data = load(config.data, config.data_dir, config.download) if data is None else data
+        if data is None:
+            data = load(config.data, config.data_dir, config.download, config.image_size)
+        self.data = data
         parts = []
         for part, size in (("train", config.train_size), ("test", config.test_size)):
             images, labels = getattr(self.data, f"{part}_images"), getattr(self.data, f"{part}_labels")

@@ -22,7 +22,7 @@ def load_unknown(
 
     name    "noise": each value drawn evenly from 0 to 255, 10,000 images unless `count` says otherwise; or the name
             of an image set that `data.load` knows, such as "svhn" for CIFAR or "digits" for Fashion-MNIST: its test
-            images, in grey or RGB and of the size asked for (bilinear)
+            images, in grey or RGB and of the size asked for (bilinear; "folder": by `image_size`, the middle)
     folder  where that set lies, as in `data.load`
     count   at most so many, the first
 
@@ -36,7 +36,8 @@ def load_unknown(
     if name == "svhn":  # its test file alone is enough
         images = read_svhn(Path(folder or cache() / "svhn") / "test_32x32.mat")[0][:count]
     else:
-        images = load(name, folder).test_images[:count].numpy()
+        size = min(shape[:2]) if name == "folder" else None  # photos of any size
+        images = load(name, folder, image_size=size).test_images[:count].numpy()
     expect(len(images) > 0, "ood", "at least one test image", "none")
     return _as_shape(images, shape)
 
