@@ -97,13 +97,14 @@ def _evaluate(command):
     other = "in place of what the run was trained with"
     command.add_argument("--data-dir", help=f"the data set's folder, {other}")
     command.add_argument("--corrupted-dir", help=f"a folder or .tar such as CIFAR-10-C, {other}")
+    command.add_argument("--corruptions", metavar="NAME,...", help=f"such as fog,snow, or all, or none, {other}")
     command.add_argument("--ood", metavar="NAME,...", help="sets of unknown images, such as svhn, digits, noise")
     command.add_argument("--ood-dir", help="where such a set lies that does not come with the package")
     command.add_argument("--device", help="such as cpu, cuda:1; default: as it was trained on, if that is here")
     command.add_argument("--json", action="store_true", help="print all of it as JSON")
 
     def call(options) -> int:
-        names = ("data_dir", "corrupted_dir", "ood", "ood_dir", "device")
+        names = ("data_dir", "corrupted_dir", "corruptions", "ood", "ood_dir", "device")
         given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
         run = options.parser.checked(lambda: open_run(options.run, **given))
         try:

@@ -95,9 +95,12 @@ class Run:
         else:
             shape = (self.images.shape[3] if self.images.ndim == 4 else 1, *self.images.shape[1:3])
         self.corrupted_files, pixels = None, tuple(self.images.shape[1:])
-        if config.corrupted_dir is not None:
+        chosen = self.corruptions = config.corrupted_by(CORRUPTIONS)
+        if config.corrupted_dir is not None and chosen:
             self.corrupted_files = open_corrupted(config.corrupted_dir, pixels, self.data.classes)
-        elif "frost" in CORRUPTIONS and not self.data.table:
+            if config.corruptions not in (None, "all"):
+                self.corrupted_files.keep(chosen)
+        elif "frost" in chosen and not self.data.table:
             texture_folder()  # what is missing is said before the training
         names = config.ood.split(",") if config.ood else ()
         self.unknown = {name: load_unknown(name, pixels, config.ood_dir, config.test_size) for name in names}
@@ -238,7 +241,7 @@ class Run:
     def evaluate(self) -> dict:
         """The metrics, as `scoring.score_run` has them."""
         with self._threads():
-            return score_run(self, CORRUPTIONS)
+            return score_run(self, self.corruptions)
 
     def _threads(self) -> AbstractContextManager:
         if self.device.type != "cpu":

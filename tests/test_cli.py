@@ -111,6 +111,35 @@ def test_what_columns_are_of_files_is_said(tmp_path, capsys):
     assert "a: mean over fog, gaussian_blur alone; 6 images each\n" in printed
 
 
+def test_fewer_corruptions_or_none(tmp_path, capsys):
+    run("compare", *TINY, "--methods", "de,forde-pca", "--corruptions", "none", "--out", tmp_path)
+    printed = capsys.readouterr().out
+    assert "NLL beside de" in printed
+    assert "cA" not in printed
+    assert not [group for group in json.loads((tmp_path / "de" / "metrics.json").read_text()) if "corrupted" in group]
+    run("report", tmp_path)
+    assert "No run was scored on corrupted images" in (tmp_path / "report" / "report.md").read_text()
+    capsys.readouterr()
+    run("evaluate", tmp_path / "de", "--corruptions", "fog, gaussian_blur")
+    printed = capsys.readouterr().out
+    assert "c: mean over fog alone\n" in printed
+    assert "g: mean over gaussian_blur alone, at the severities for grey images\n" in printed
+    run("evaluate", tmp_path / "de", "--corruptions", "all", "--json")
+    found = json.loads(capsys.readouterr().out)["de"]
+    assert list(found["corrupted"]["by_corruption"]) == ["contrast", "gaussian_noise"]  # all that this test knows
+    run("corrupt", "--data", "digits", "--names", "fog,contrast", "--out", tmp_path / "C")
+    capsys.readouterr()
+    run("evaluate", tmp_path / "de", "--corruptions", "fog", "--corrupted-dir", tmp_path / "C", "--json")
+    assert list(json.loads(capsys.readouterr().out)["de"]["corrupted"]["by_corruption"]) == ["fog"]
+    said = refused(capsys, "evaluate", tmp_path / "de", "--corruptions", "snow", "--corrupted-dir", tmp_path / "C")
+    assert "corruptions: expected some that the files have (fog, contrast), got snow" in said
+    (tmp_path / "de" / "metrics.json").unlink()
+    run("train", "--resume", "--out", tmp_path / "de", "--corruptions", "contrast", "--json")
+    assert json.loads(capsys.readouterr().out)["de"]["corrupted"]["by_corruption"].keys() == {"contrast"}
+    run("report", tmp_path / "de")
+    assert "but of these only contrast were scored" in (tmp_path / "de" / "report" / "report.md").read_text()
+
+
 def test_resume_of_a_folder_without_a_run(tmp_path, capsys):
     for command in ("train", "compare"):
         said = refused(capsys, command, "--resume", "--out", tmp_path / "typo", "--device", "cpu")
@@ -216,6 +245,10 @@ BAD = [
     ),
     (["--backend", "cudnn"], "backend: expected one of auto, reference, cpp, triton"),
     (["--members", "0"], "members: expected a whole number >= 1, got 0"),
+    (["--corruptions", "fog,mist"], "corruptions: expected one of gaussian_noise"),
+    (["--corruptions", "none,fog"], "corruptions: expected one of gaussian_noise"),
+    (["--corruptions", "fog,fog"], "corruptions: expected each once, got fog,fog"),
+    (["--data", "table", "--corruptions", "fog"], "corruptions: expected none for a table of features, got fog"),
     (["--epochs", "-1"], "epochs: expected a whole number >= 1"),
     (["--lr", "nan"], "lr: expected a finite number > 0"),
     (["--alpha", "1.5"], "alpha: expected a number from 0 to 1"),
