@@ -44,7 +44,7 @@ from forde_fast.signals import StopSignals
 from forde_fast.step import ALONE
 from forde_fast.strategies import LOOP, Graphs
 from forde_fast.trainer import Trainer
-from forde_fast.validation import expect
+from forde_fast.validation import expect, reason_of
 from forde_fast.watching import check_tensorboard, watched
 
 FILES = ("config.toml", "log.jsonl", "epochs.jsonl", "checkpoints", "checkpoint.safetensors", "metrics.json")
@@ -320,9 +320,11 @@ def find_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and distributed.launched():  # one for each process of this machine
         name = f"cuda:{os.environ['LOCAL_RANK']}"
+    expected, got = "cpu, cuda or cuda:N that is here", repr(name)[:80]
+    expect(name.partition(":")[0] in ("cpu", "cuda"), "device", expected, got)
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device: expected one that is here, got {name!r} ({str(error).splitlines()[0]})") from None
+        raise ValueError(f"device: expected {expected}, got {got} ({reason_of(error, 80)})") from None
     return device

@@ -86,7 +86,9 @@ def test_a_run_of_another_machine_is_evaluated(tmp_path, capsys):
     assert run("evaluate", moved, "--json") == 0
     found = json.loads(capsys.readouterr().out)["forde-pca"]
     assert found == {name: trained[name] for name in found}
-    assert "device: expected one that is here" in refused(capsys, "evaluate", moved, "--device", "cuda:9")
+    assert "device: expected cpu, cuda or cuda:N that is here" in refused(
+        capsys, "evaluate", moved, "--device", "cuda:9"
+    )
 
 
 def test_a_file_that_fails_in_its_turn_is_one_line(tmp_path, capsys):
@@ -255,7 +257,12 @@ BAD = [
     (["--lr", "fast"], "--lr: invalid float value: 'fast'"),
     (["--train-size", "1000000"], "train_size: expected <= 2000"),
     (["--train-size", "1"], "train_size: expected 2 training images or more, got 1"),
-    (["--device", "tpu9"], "device: expected one that is here"),
+    (["--device", "mps"], "device: expected cpu, cuda or cuda:N that is here, got 'mps'\n"),
+    (["--device", "meta"], "device: expected cpu, cuda or cuda:N that is here, got 'meta'\n"),
+    (
+        ["--device", "cuda:x"],
+        "device: expected cpu, cuda or cuda:N that is here, got 'cuda:x' (Invalid device string",
+    ),
     (["--data", "fashion-mnist", "--data-dir", "/nowhere"], "no such"),
     (["missing.toml"], "config: expected a TOML file, got missing.toml"),
 ]
@@ -281,7 +288,7 @@ def test_a_place_where_nothing_can_be_written(tmp_path, capsys):
 def test_other_commands_check_their_settings_first(tmp_path, capsys):
     for arguments, message in (
         (("compare", "--methods", "de,de"), "methods: expected each method once"),
-        (("reproduce", "small", "--device", "tpu9"), "device: expected one that is here"),
+        (("reproduce", "small", "--device", "tpu9"), "device: expected cpu, cuda or cuda:N that is here"),
         (("experiment", "basis", "--members", 0), "members: expected a whole number >= 1, got 0"),
         (("experiment", "basis", "--seeds", 0), "seeds: expected a whole number >= 1, got 0"),
         (("corrupt", "--test-size", 1001), "test_size: expected <= 1000, got 1001"),
