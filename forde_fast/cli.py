@@ -83,7 +83,8 @@ def _compare(command):
                 expect(not other, "out", "a folder without a run", f"{folder}, which holds {other}", FileExistsError)
             own = [_config(options, {**settings, "method": name, "out": str(folder / name)}) for name in names]
             loaded = functools.cache(load)  # once for all
-            runs = [Run(config, loaded(config.data, config.data_dir, config.download)) for config in own]
+            read = [loaded(c.data, c.data_dir, c.download, c.image_size) for c in own]
+            runs = [Run(config, data) for config, data in zip(own, read, strict=True)]
             return folder, [_prepared(options, run) for run in runs]
 
         folder, runs = options.parser.checked(prepare)
@@ -106,13 +107,14 @@ def _evaluate(command):
     other = "in place of what the run was trained with"
     command.add_argument("--data-dir", help=f"the data set's folder, {other}")
     command.add_argument("--corrupted-dir", help=f"a folder or .tar such as CIFAR-10-C, {other}")
+    command.add_argument("--corruptions", metavar="NAME,...", help=f"such as fog,snow, or all, or none, {other}")
     command.add_argument("--ood", metavar="NAME,...", help="sets of unknown images, such as svhn, digits, noise")
     command.add_argument("--ood-dir", help="where such a set lies that does not come with the package")
     command.add_argument("--device", help="such as cpu, cuda:1; default: as it was trained on, if that is here")
     command.add_argument("--json", action="store_true", help="print all of it as JSON")
 
     def call(options) -> int:
-        names = ("data_dir", "corrupted_dir", "ood", "ood_dir", "device")
+        names = ("data_dir", "corrupted_dir", "corruptions", "ood", "ood_dir", "device")
         given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
         run = options.parser.checked(lambda: open_run(options.run, **given))
         print(printing.loaded(run), file=sys.stderr)
@@ -135,7 +137,7 @@ def _predict(command):
     def call(options) -> int:
         def work():
             trained = load_run(options.run, options.device)
-            return trained, *read_unlabelled(options.images, trained.trained_on.shape)
+            return trained, *read_unlabelled(options.images, trained.trained_on.shape, trained.config.image_size)
 
         trained, names, images = options.parser.checked(work)
         printing.predictions(names, trained.predict(images), trained.trained_on.classes, options.json)
@@ -149,6 +151,7 @@ def _corrupt(command):
     command.add_argument("--data", default="fashion-mini", metavar="NAME", help=f"one of {', '.join(DATASETS)}")
     command.add_argument("--data-dir", help="where a set lies that does not come with the package")
     command.add_argument("--download", action="store_true", help="fetch it where it has a public address")
+    command.add_settings("image_size")
     command.add_argument("--out", required=True, type=Path, help="the folder, such as Fashion-MNIST-C")
     command.add_argument("--names", metavar="NAME,...", help=f"default: all, {', '.join(CORRUPTIONS)}")
     command.add_argument("--preset", default="cifar", help=f"one of {', '.join(PRESETS)}; default: %(default)s")
@@ -158,7 +161,7 @@ def _corrupt(command):
     def call(options) -> int:
         def work():
             one_of(options.data, "data", DATASETS)
-            data = load(options.data, options.data_dir, options.download)
+            data = load(options.data, options.data_dir, options.download, options.image_size)
             expect(not data.table, "data", "images", "a table of features")
             if options.test_size is not None:
                 whole(options.test_size, "test_size")

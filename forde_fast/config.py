@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from forde_fast import validation
-from forde_fast.data import DATASETS, UNKNOWN
+from forde_fast.data import CORRUPTIONS, DATASETS, UNKNOWN
+from forde_fast.data.datasets import check_image_size
 from forde_fast.methods import NAMES
 from forde_fast.models import MODELS
 from forde_fast.repulsion import BACKENDS, available_backends
@@ -35,12 +36,18 @@ class TrainConfig:
 
     data: str = _setting("fashion-mini", f"one of {', '.join(DATASETS)}")
     data_dir: str | None = _setting(None, "folder or file of a data set that does not come with the package")
+    image_size: int | None = _setting(
+        None, "pixels of a side to which the images of --data folder are scaled and cut; default: they have one size"
+    )
     download: bool = _setting(False, "fetch the data where they have a public address")
     train_size: int | None = _setting(None, "only the first so many training images")
     test_size: int | None = _setting(None, "only the first so many test images, each scored under every corruption")
     validation: float = _setting(0.0, "share of each class's training images held out, and scored after every epoch")
     corrupted_dir: str | None = _setting(
         None, "CIFAR-10-C's folder or .tar, or one like it, in place of corruptions made here"
+    )
+    corruptions: str | None = _setting(
+        None, "that test images are scored under: names such as fog,snow, or all, or none; default: all"
     )
     ood: str | None = _setting(None, "sets of unknown images, such as noise,digits: how well uncertainty tells them")
     ood_dir: str | None = _setting(None, "where such a set lies that does not come with the package")
@@ -126,19 +133,32 @@ class TrainConfig:
             validation.one_of(name, "ood", UNKNOWN)
         own = f"none for {self.data}, which comes with the package (your own: --data folder, npz or table)"
         expect(self.data not in BUNDLED or self.data_dir is None, "data_dir", own, self.data_dir)
+        chosen = self.corrupted_by(CORRUPTIONS)
+        for name in chosen:
+            validation.one_of(name, "corruptions", CORRUPTIONS)
+        expect(len(set(chosen)) == len(chosen), "corruptions", "each once", self.corruptions)
+        whole = self.corruptions in (None, "all", "none")
+        expect(self.data != "table" or whole, "corruptions", "none for a table of features", self.corruptions)
         for name in ("corrupted_dir", "ood"):
             held = getattr(self, name)
             expect(self.data != "table" or not held, name, "none for a table of features", held)
+        check_image_size(self.image_size, self.data)
         expect(self.data != "table" or not self.augment, "augment", "no augmentation of features", self.augment)
         if self.backend != "auto":
             backend = available_backends()[self.backend]
             expect(bool(backend), "backend", "one that is usable here", f"{self.backend}: {backend}")
 
+    def corrupted_by(self, every: tuple[str, ...]) -> tuple[str, ...]:
+        """The names in `corruptions`, with `every` as all of them."""
+        if self.corruptions in (None, "all"):
+            return every
+        return () if self.corruptions == "none" else validation.names_in(self.corruptions)
+
 
 # What does not change what a run computes, and may be another when it is resumed.
 MOVABLE = (
-    "data_dir", "corrupted_dir", "ood", "ood_dir", "download", "checkpoint_every", "tensorboard", "data_parts",
-    "members_at_a_time", "device", "out",
+    "data_dir", "corrupted_dir", "corruptions", "ood", "ood_dir", "download", "checkpoint_every", "tensorboard",
+    "data_parts", "members_at_a_time", "device", "out",
 )  # fmt: skip
 
 FIELDS = {field.name: field for field in dataclasses.fields(TrainConfig)}

@@ -64,14 +64,18 @@ def scores(results: dict[str, dict]) -> None:
 
 def legend(group: str, metrics: dict) -> str:
     """What a group's columns are: of files, means over what these have."""
-    from forde_fast.data.corruptions import CORRUPTIONS, STANDARD
+    from forde_fast.data.corruptions import CORRUPTIONS, HARDER, STANDARD
 
-    wanted = {"corrupted": STANDARD, "corrupted_all": CORRUPTIONS}.get(group)
+    wanted = {"corrupted": STANDARD, "corrupted_all": CORRUPTIONS, "corrupted_grey": HARDER}.get(group)
     if wanted is None:
         return LEGEND[group]
-    found, images = metrics["corrupted"]["by_corruption"], metrics["corrupted"].get("images")
+    scored = metrics["corrupted_grey" if group == "corrupted_grey" else "corrupted"]
+    found, images = scored["by_corruption"], scored.get("images")
     names = [name for name in wanted if name in found] or list(found)
-    text = LEGEND[group] if len(names) == len(wanted) else f"{PREFIX[group]}: mean over {', '.join(names)} alone"
+    text = LEGEND[group]
+    if len(names) < len(wanted):
+        harder = ", at the severities for grey images" if group == "corrupted_grey" else ""
+        text = f"{PREFIX[group]}: mean over {', '.join(names)} alone{harder}"
     return text if images is None else f"{text}; {images:,} images each"
 
 
@@ -98,7 +102,7 @@ def against(results: dict[str, dict]) -> None:
     """What the table shows, in words: the other methods beside the deep ensemble."""
     from forde_fast.experiments.summary import signed
 
-    group = "corrupted" if "corrupted" in results["de"] else "clean"
+    group = "corrupted" if all("corrupted" in metrics for metrics in results.values()) else "clean"
     for name, short in (("nll", "NLL"), ("ece", "ECE"), ("accuracy", "A")):
         base, size = results["de"][group][name], 100 if name == "accuracy" else 1
         apart = {n: signed(size * (m[group][name] - base), 2) for n, m in results.items() if n != "de"}

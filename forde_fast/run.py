@@ -78,7 +78,9 @@ class Run:
             self.mesh = distributed.Mesh(config.members, parts, config.sync_batchnorm, self.device.type)
         self.own = range(config.members)[self.mesh.own]
         self.checkpoints = Checkpoints(self.folder / "checkpoints", self.mesh.rank, self.mesh.ranks)
-        self.data = load(config.data, config.data_dir, config.download) if data is None else data
+        if data is None:
+            data = load(config.data, config.data_dir, config.download, config.image_size)
+        self.data = data
         parts = []
         for part, size in (("train", config.train_size), ("test", config.test_size)):
             images, labels = getattr(self.data, f"{part}_images"), getattr(self.data, f"{part}_labels")
@@ -94,9 +96,12 @@ class Run:
         self.normalisation = self.data.normalisation or Normalisation.fit(self.images)
         self.trained_on = TrainedOn.of(self.images, self.labels, self.data.classes, self.normalisation)
         self.corrupted_files, pixels = None, self.trained_on.shape
-        if config.corrupted_dir is not None:
+        chosen = self.corruptions = config.corrupted_by(CORRUPTIONS)
+        if config.corrupted_dir is not None and chosen:
             self.corrupted_files = open_corrupted(config.corrupted_dir, pixels, self.data.classes)
-        elif "frost" in CORRUPTIONS and not self.data.table:
+            if config.corruptions not in (None, "all"):
+                self.corrupted_files.keep(chosen)
+        elif "frost" in chosen and not self.data.table:
             texture_folder()  # what is missing is said before the training
         names = config.ood.split(",") if config.ood else ()
         self.unknown = {name: load_unknown(name, pixels, config.ood_dir, config.test_size) for name in names}
@@ -244,7 +249,7 @@ class Run:
     def evaluate(self) -> dict:
         """The metrics, as `scoring.score_run` has them."""
         with self._threads():
-            return score_run(self, CORRUPTIONS)
+            return score_run(self, self.corruptions)
 
     def _threads(self) -> AbstractContextManager:
         if self.device.type != "cpu":
@@ -309,7 +314,8 @@ def open_run(folder: str | Path, data: Images | None = None, **others: str | Non
     if "data_dir" in others:
         settings["train_size"] = None  # other data may have fewer
     config = TrainConfig(**{**settings, **others})
-    data = load(config.data, config.data_dir, config.download) if data is None else data
+    if data is None:
+        data = load(config.data, config.data_dir, config.download, config.image_size)
     run = Run(config, TrainedOn.read(folder).fit(data))
     load_ensemble(folder / "checkpoint.safetensors", run.ensemble)
     return run

@@ -33,7 +33,8 @@ UNCERTAINTIES = ("total", "epistemic")
 
 
 def score_run(run, corruptions: Sequence[str] = CORRUPTIONS) -> dict:
-    """The metrics of a `run.Run`, as groups; `corruptions` are those that are made where no files are given.
+    """The metrics of a `run.Run`, as groups; `corruptions` are those that are made where no files are given, and
+    without any there are no groups of theirs.
 
     - "clean": `score` of the members' mean, "members": each one's; mean total, aleatoric and epistemic uncertainty;
       "aurc" of the total; "calibrated_nll" with its "temperature", fitted on the validation part where there is one,
@@ -88,7 +89,7 @@ def diversity(run, probs: torch.Tensor) -> dict[str, float]:
 
 
 def _corrupted(run, names: Sequence[str]) -> dict[str, dict]:
-    if run.data.table:
+    if run.data.table or not names:
         return {}
     if run.corrupted_files is not None:
         found = score_corrupted(run.predict, run.corrupted_files)

@@ -45,6 +45,11 @@ def one_of(value: str, name: str, valid) -> str:
     return value
 
 
+def names_in(text: str) -> tuple[str, ...]:
+    """The names in a list with commas, without the spaces around them."""
+    return tuple(name.strip() for name in text.split(","))
+
+
 def tensor_of_floats(tensor: Tensor, name: str, shape: str) -> None:
     """A floating tensor with as many dimensions as the names in `shape`, none of size 0."""
     if not isinstance(tensor, Tensor):

@@ -86,7 +86,9 @@ def test_a_run_of_another_machine_is_evaluated(tmp_path, capsys):
     assert run("evaluate", moved, "--json") == 0
     found = json.loads(capsys.readouterr().out)["forde-pca"]
     assert found == {name: trained[name] for name in found}
-    assert "device: expected one that is here" in refused(capsys, "evaluate", moved, "--device", "cuda:9")
+    assert "device: expected cpu, cuda or cuda:N that is here" in refused(
+        capsys, "evaluate", moved, "--device", "cuda:9"
+    )
 
 
 def test_a_file_that_fails_in_its_turn_is_one_line(tmp_path, capsys):
@@ -109,6 +111,35 @@ def test_what_columns_are_of_files_is_said(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "c: mean over fog alone; 6 images each\n" in printed
     assert "a: mean over fog, gaussian_blur alone; 6 images each\n" in printed
+
+
+def test_fewer_corruptions_or_none(tmp_path, capsys):
+    run("compare", *TINY, "--methods", "de,forde-pca", "--corruptions", "none", "--out", tmp_path)
+    printed = capsys.readouterr().out
+    assert "NLL beside de" in printed
+    assert "cA" not in printed
+    assert not [group for group in json.loads((tmp_path / "de" / "metrics.json").read_text()) if "corrupted" in group]
+    run("report", tmp_path)
+    assert "No run was scored on corrupted images" in (tmp_path / "report" / "report.md").read_text()
+    capsys.readouterr()
+    run("evaluate", tmp_path / "de", "--corruptions", "fog, gaussian_blur")
+    printed = capsys.readouterr().out
+    assert "c: mean over fog alone\n" in printed
+    assert "g: mean over gaussian_blur alone, at the severities for grey images\n" in printed
+    run("evaluate", tmp_path / "de", "--corruptions", "all", "--json")
+    found = json.loads(capsys.readouterr().out)["de"]
+    assert list(found["corrupted"]["by_corruption"]) == ["contrast", "gaussian_noise"]  # all that this test knows
+    run("corrupt", "--data", "digits", "--names", "fog,contrast", "--out", tmp_path / "C")
+    capsys.readouterr()
+    run("evaluate", tmp_path / "de", "--corruptions", "fog", "--corrupted-dir", tmp_path / "C", "--json")
+    assert list(json.loads(capsys.readouterr().out)["de"]["corrupted"]["by_corruption"]) == ["fog"]
+    said = refused(capsys, "evaluate", tmp_path / "de", "--corruptions", "snow", "--corrupted-dir", tmp_path / "C")
+    assert "corruptions: expected some that the files have (fog, contrast), got snow" in said
+    (tmp_path / "de" / "metrics.json").unlink()
+    run("train", "--resume", "--out", tmp_path / "de", "--corruptions", "contrast", "--json")
+    assert json.loads(capsys.readouterr().out)["de"]["corrupted"]["by_corruption"].keys() == {"contrast"}
+    run("report", tmp_path / "de")
+    assert "but of these only contrast were scored" in (tmp_path / "de" / "report" / "report.md").read_text()
 
 
 def test_resume_of_a_folder_without_a_run(tmp_path, capsys):
@@ -216,13 +247,22 @@ BAD = [
     ),
     (["--backend", "cudnn"], "backend: expected one of auto, reference, cpp, triton"),
     (["--members", "0"], "members: expected a whole number >= 1, got 0"),
+    (["--corruptions", "fog,mist"], "corruptions: expected one of gaussian_noise"),
+    (["--corruptions", "none,fog"], "corruptions: expected one of gaussian_noise"),
+    (["--corruptions", "fog,fog"], "corruptions: expected each once, got fog,fog"),
+    (["--data", "table", "--corruptions", "fog"], "corruptions: expected none for a table of features, got fog"),
     (["--epochs", "-1"], "epochs: expected a whole number >= 1"),
     (["--lr", "nan"], "lr: expected a finite number > 0"),
     (["--alpha", "1.5"], "alpha: expected a number from 0 to 1"),
     (["--lr", "fast"], "--lr: invalid float value: 'fast'"),
     (["--train-size", "1000000"], "train_size: expected <= 2000"),
     (["--train-size", "1"], "train_size: expected 2 training images or more, got 1"),
-    (["--device", "tpu9"], "device: expected one that is here"),
+    (["--device", "mps"], "device: expected cpu, cuda or cuda:N that is here, got 'mps'\n"),
+    (["--device", "meta"], "device: expected cpu, cuda or cuda:N that is here, got 'meta'\n"),
+    (
+        ["--device", "cuda:x"],
+        "device: expected cpu, cuda or cuda:N that is here, got 'cuda:x' (Invalid device string",
+    ),
     (["--data", "fashion-mnist", "--data-dir", "/nowhere"], "no such"),
     (["missing.toml"], "config: expected a TOML file, got missing.toml"),
 ]
@@ -248,7 +288,7 @@ def test_a_place_where_nothing_can_be_written(tmp_path, capsys):
 def test_other_commands_check_their_settings_first(tmp_path, capsys):
     for arguments, message in (
         (("compare", "--methods", "de,de"), "methods: expected each method once"),
-        (("reproduce", "small", "--device", "tpu9"), "device: expected one that is here"),
+        (("reproduce", "small", "--device", "tpu9"), "device: expected cpu, cuda or cuda:N that is here"),
         (("experiment", "basis", "--members", 0), "members: expected a whole number >= 1, got 0"),
         (("experiment", "basis", "--seeds", 0), "seeds: expected a whole number >= 1, got 0"),
         (("corrupt", "--test-size", 1001), "test_size: expected <= 1000, got 1001"),

@@ -10,6 +10,7 @@ import torch
 from PIL import Image, ImageOps
 
 from forde_fast import cli
+from forde_fast.config import TrainConfig, read
 from forde_fast.data import load, stratified
 from forde_fast.data.own import read_image
 
@@ -110,6 +111,50 @@ def test_what_is_transparent_is_put_on_white(mode, tmp_path):
     else:
         opaque = Image.open(name).convert("RGB" if pixels.ndim == 3 else "L")
         assert np.array_equal(pixels[0, 2], np.asarray(opaque)[0, 2])
+
+
+def test_parts_of_two_sizes_become_one(tmp_path):
+    folder_of(tmp_path / "train")
+    for name in ("cat", "dog"):
+        image(tmp_path / "test" / name / "0.png", size=(9, 9))
+    with pytest.raises(
+        ValueError, match=r"test: expected images of \[8, 10\] .*, got \[9, 9\]; --image-size N makes"
+    ):
+        load("folder", tmp_path)
+    assert load("folder", tmp_path, image_size=9).test_images.shape == (2, 9, 9, 3)
+
+
+def test_photos_of_several_sizes_become_one(tmp_path):
+    for part in ("train", "test"):
+        folder_of(tmp_path / part, color=False, count=2)
+    image(tmp_path / "train" / "dog" / "wide.png", size=(64, 16))
+    with pytest.raises(ValueError, match=r"expected \(8, 10\) pixels .*, got \(16, 64\); --image-size N makes"):
+        load("folder", tmp_path)
+    for size in (4, 16):  # smaller than all, larger than some
+        data = load("folder", tmp_path, image_size=size)
+        assert data.train_images.shape == (5, size, size, 3)
+        assert data.test_images.shape == (4, size, size, 3)
+    stored = np.asarray(Image.open(tmp_path / "train" / "dog" / "wide.png"))
+    assert bytes(stored[:, 24:40]) in map(bytes, data.train_images.numpy())  # its middle, which needs no scaling
+
+
+@pytest.mark.parametrize("turn", range(1, 9))
+def test_scaled_photos_are_turned_too(turn, tmp_path):
+    Image.fromarray(RANDOM.integers(0, 256, (21, 34, 3), np.uint8)).save(tmp_path / "a.png", exif=orientation(turn))
+    shown = ImageOps.exif_transpose(Image.open(tmp_path / "a.png"))
+    side = [(length - 21) / 2 for length in shown.size]
+    wanted = shown.resize((6, 6), Image.Resampling.BICUBIC, (*side, *(length + 21 for length in side)))
+    assert np.array_equal(read_image(tmp_path / "a.png", None, size=6), np.asarray(wanted))
+
+
+def test_a_size_is_for_class_folders_alone(tmp_path):
+    for data in ("digits", "table"):
+        with pytest.raises(ValueError, match=f"image_size: expected none, as .* = folder .*, got 8 for {data}"):
+            TrainConfig(data=data, image_size=8)
+        with pytest.raises(ValueError, match=f"image_size: expected none.*, got 8 for {data}"):
+            load(data, tmp_path, image_size=8)
+    with pytest.raises(ValueError, match="image_size: expected a whole number >= 1, got 0"):
+        TrainConfig(data="folder", image_size=0)
 
 
 def bomb(path):
@@ -335,6 +380,26 @@ def test_a_run_on_images_of_ones_own(tmp_path):
     )
     assert len(metrics["clean"]["members"]) == 2
     assert (out / "predictions.png").exists()
+
+
+def test_a_run_on_photos_of_several_sizes(tmp_path, capsys):
+    folder_of(tmp_path / "pets", count=10)
+    image(tmp_path / "pets" / "dog" / "wide.png", size=(64, 16))
+    given = ("--data", "folder", "--data-dir", tmp_path / "pets", "--image-size", 8, "--model", "cnn")
+    out, metrics = trained(tmp_path, *given, "--ood", "folder", "--ood-dir", tmp_path / "pets")
+    assert read(out / "config.toml")["image_size"] == 8
+    assert "17 training, 4 test samples of 8 x 8 RGB" in capsys.readouterr().err
+    assert metrics["ood"]["folder"]["total"]["auroc"] == 0.5  # the test images themselves
+    assert cli.main(["evaluate", str(out), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["forde-pca"]["clean"] == metrics["clean"]
+    assert cli.main(["report", str(out)]) == 0
+    assert "(reliability.png)" in (out / "report" / "report.md").read_text()
+    (out / "metrics.json").unlink()
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--resume", "--out", str(out), "--image-size", "9"])
+    assert "image_size: expected 8 as in" in capsys.readouterr().err
+    assert cli.main(["corrupt", *map(str, given[:6]), "--names", "fog", "--out", str(tmp_path / "C")]) == 0
+    assert cli.main(["evaluate", str(out), "--corrupted-dir", str(tmp_path / "C")]) == 0
 
 
 def test_a_run_on_a_table(tmp_path):

@@ -150,10 +150,18 @@ def test_noise_is_even_and_seeded():
         load_unknown("table", (8, 8))
 
 
-def test_a_run_says_in_one_line_what_is_wrong_with_unknown_images(tmp_path, capsys):
+def test_a_run_says_in_one_line_what_is_wrong_with_unknown_images(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("FORDE_FAST_CACHE", str(tmp_path / "cache"))
     for arguments, message in (
         (("--ood", "nothing"), "ood: expected one of noise"),
         (("--ood", "noise,svhn", "--ood-dir", str(tmp_path)), "test_32x32.mat: expected a file that is there"),
+        (
+            ("--ood", "svhn"),
+            "svhn/test_32x32.mat: expected a file that is there, got none; --ood-dir names the place",
+        ),
+        (("--ood", "folder", "--ood-dir", "/no"), "ood_dir: expected a folder of class folders, got /no; --ood-dir"),
+        (("--ood", "tiny-imagenet"), "ood_dir: expected the folder tiny-imagenet-200, got"),
+        (("--ood", "npz"), "ood_dir: expected the place of the images, for ood = npz, got none"),
     ):
         with pytest.raises(SystemExit) as stop:
             cli.main(["train", "--data", "digits", "--out", str(tmp_path / "out"), *arguments])

@@ -36,7 +36,17 @@ def open_corrupted(
     return CorruptedFiles(place, shape, len(classes)) if arrays else ClassFolders(place, shape, classes)
 
 
-class CorruptedFiles:
+class _Corrupted:
+    names: tuple[str, ...]
+
+    def keep(self, names: Sequence[str]) -> None:
+        """Go through these corruptions alone."""
+        missing = ", ".join(name for name in names if name not in self.names)
+        expect(not missing, "corruptions", f"some that the files have ({', '.join(self.names)})", missing)
+        self.names = tuple(name for name in self.names if name in names)
+
+
+class CorruptedFiles(_Corrupted):
     """CIFAR-10-C or CIFAR-100-C: `<corruption>.npy`, uint8 [5 N, 32, 32, 3], severity s at rows (s - 1) N to s N,
     and labels.npy [5 N], in a folder or in the .tar that is published."""
 
@@ -138,7 +148,7 @@ def _tar_arrays(path: Path) -> dict[str, Callable[[], _Rows]]:
     return found
 
 
-class ClassFolders:
+class ClassFolders(_Corrupted):
     """Tiny-ImageNet-C: `<corruption>/<1 to 5>/<class>/<image>`, in the folder or one below it, where the archives of
     the standard and of the extra corruptions were unpacked side by side. Grey images become RGB."""
 

@@ -16,7 +16,7 @@ from forde_fast.data.download import advice, cache
 from forde_fast.data.download import download as fetch
 from forde_fast.data.own import Parts, load_arrays, load_csv, load_folder
 from forde_fast.data.published import TINY_MEAN, TINY_STD, load_svhn, load_tiny_imagenet
-from forde_fast.validation import expect, reason_of
+from forde_fast.validation import expect, reason_of, whole
 
 DATASETS = (
     "fashion-mini", "digits", "fashion-mnist", "cifar10", "cifar100", "tiny-imagenet", "svhn",
@@ -88,7 +88,17 @@ class Images:
             )
 
 
-def load(name: str, folder: str | Path | None = None, download: bool = False) -> Images:
+def check_image_size(size: int | None, name: str) -> None:
+    """What `load` and `TrainConfig` say of an image_size for the set `name`."""
+    if size is not None:
+        expected = "none, as only images of data = folder are scaled"
+        expect(name == "folder", "image_size", expected, f"{size} for {name}")
+        whole(size, "image_size")
+
+
+def load(
+    name: str, folder: str | Path | None = None, download: bool = False, image_size: int | None = None
+) -> Images:
     """Load an image set by its name.
 
     - "fashion-mini": the first 2,000 training and 1,000 test images of Fashion-MNIST, shipped here.
@@ -104,13 +114,15 @@ def load(name: str, folder: str | Path | None = None, download: bool = False) ->
       files of 32 x 32. Both in `folder` or in the cache, where they must have been put.
     - "folder": class folders of images; "npz": arrays of images; "table": features as .csv, .npz or .npy. Where
       they lie is `folder`, which may be a file; `own.py` says how they are laid out. Without a test part of
-      their own a stratified fifth of them is one.
+      their own a stratified fifth of them is one. `image_size`, for "folder" alone: each image is scaled until its
+      shorter side has so many pixels, and its middle square is taken; without it all must have one size.
 
     Raises:
         ValueError: an unknown name; a damaged, truncated or foreign file; a download with another checksum.
         FileNotFoundError: a file that is missing, with what to do about it.
         OSError: a download that fails.
     """
+    check_image_size(image_size, name)
     match name:
         case "fashion-mini":
             return _load_fashion_mini()
@@ -130,14 +142,14 @@ def load(name: str, folder: str | Path | None = None, download: bool = False) ->
             return _images(name, *arrays, classes=classes)
         case "folder" | "npz" | "table":
             expect(folder is not None, "data_dir", f"the place of the data, for data = {name}", "none")
-            arrays, classes = _load_own(name, Path(folder))
+            arrays, classes = _load_own(name, Path(folder), image_size)
             return _images(str(folder), *arrays, classes=classes)
     raise ValueError(f"name: expected one of {', '.join(DATASETS)}, got {name!r}")
 
 
-def _load_own(name: str, path: Path) -> Parts:
+def _load_own(name: str, path: Path, image_size: int | None) -> Parts:
     if name == "folder":
-        return load_folder(path)
+        return load_folder(path, image_size)
     if name == "table" and path.suffix.lower() == ".csv" and path.is_file():
         return load_csv(path)
     return load_arrays(path, table=name == "table")

@@ -20,6 +20,7 @@ LABELS = ("labels", "y")
 LARGEST = float(np.finfo(np.float32).max)  # of a feature
 LEFT_BY_SYSTEMS = ("thumbs.db", "desktop.ini")  # in folders of images, beside files that begin with a dot
 ORIENTATION = 0x0112  # EXIF's tag
+HINT = "; --image-size N makes them one size"
 MODES = {"1": "L", "L": "L", "P": "RGB", "RGB": "RGB", "RGBA": "RGB", "CMYK": "RGB", "LA": "L", "YCbCr": "RGB"}
 
 Parts = tuple[list[np.ndarray], tuple[str, ...]]  # train inputs, train labels, test inputs, test labels; classes
@@ -35,26 +36,29 @@ def stratified(labels: np.ndarray, share: float, seed: int = 0) -> tuple[np.ndar
     return np.setdiff1d(np.arange(len(labels)), held), held
 
 
-def load_folder(folder: Path) -> Parts:
+def load_folder(folder: Path, size: int | None = None) -> Parts:
     """`folder/train/<class>/<image>` and `folder/test/...`; or `folder/train/...` alone, or `folder/<class>/<image>`,
     with a part held out.
 
-    All images have one size; they are grey if all files are, else RGB. Raises FileNotFoundError or ValueError.
+    All images have one size, or are brought to size x size; they are grey if all files are, else RGB. Raises
+    FileNotFoundError or ValueError.
     """
     expect(folder.is_dir(), "data_dir", "a folder of class folders", folder, FileNotFoundError)
     train, test = folder / "train", folder / "test"
     if not train.is_dir():
         classes = _class_names(folder)
-        return _parts(*_read_classes(folder, classes), None, None, classes)
+        return _parts(*_read_classes(folder, classes, size=size), None, None, classes)
     classes = _class_names(train)
     if not test.is_dir():
         other = [path.name for path in _visible(folder) if path.is_dir() and path != train]  # val/, or more classes
         expect(not other, str(folder), "train/ and test/, or train/ alone", f"{', '.join(other)[:80]} besides")
-        return _parts(*_read_classes(train, classes), None, None, classes)
+        return _parts(*_read_classes(train, classes, size=size), None, None, classes)
     other = [name for name in _class_names(test) if name not in classes]
     expect(not other, str(test), "the classes of train/", f"{other[0] if other else ''} besides")
     present = tuple(name for name in classes if (test / name).is_dir())
-    train, test = _read_classes(train, classes), _read_classes(test, present, classes)
+    place, train, test = test, _read_classes(train, classes, size=size), _read_classes(test, present, classes, size)
+    wanted, got = (list(x.shape[1:3]) for x, _ in (train, test))
+    expect(got == wanted, str(place), f"images of {wanted} pixels as in train/", f"{got}{HINT}")
     if train[0].ndim != test[0].ndim:  # one part is all grey
         train, test = ((np.stack([x] * 3, -1) if x.ndim == 3 else x, y) for x, y in (train, test))
     return _parts(*train, *test, classes)
@@ -72,7 +76,9 @@ def _class_names(folder: Path) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _read_classes(folder: Path, names: tuple[str, ...], classes: tuple[str, ...] | None = None):
+def _read_classes(
+    folder: Path, names: tuple[str, ...], classes: tuple[str, ...] | None = None, size: int | None = None
+):
     """Images [N, H, W] or [N, H, W, 3] and labels of the folders `names`, numbered as in `classes`."""
     images, labels = [], []
     for name in names:
@@ -80,31 +86,35 @@ def _read_classes(folder: Path, names: tuple[str, ...], classes: tuple[str, ...]
         expect(len(files) > 0, str(folder / name), "at least one image", "an empty folder")
         for path in files:
             expect(not path.is_dir(), str(path), "an image file", "a folder")
-            images.append(read_image(path, images[0].shape[:2] if images else None))
+            images.append(read_image(path, images[0].shape[:2] if images and size is None else None, size, HINT))
             labels.append((classes or names).index(name))
     if any(image.ndim == 3 for image in images):
         images = [np.stack([image] * 3, -1) if image.ndim == 2 else image for image in images]
     return np.stack(images), np.array(labels, np.int64)
 
 
-def read_image(path: Path, shape: tuple[int, int] | None) -> np.ndarray:
+def read_image(path: Path, shape: tuple[int, int] | None, size: int | None = None, hint: str = "") -> np.ndarray:
     """uint8 [H, W] or [H, W, 3], as it is shown: turned as its EXIF says, what is transparent on white.
 
-    The size is looked at before anything is decoded.
+    shape  that it must have, which is looked at before anything is decoded; `hint`: what to do about another one
+    size   scale it (bicubic, antialiased) until its shorter side has so many pixels, and take the middle square
     """
-    from PIL import Image
+    from PIL import Image, ImageOps
 
-    wanted = f"{shape} pixels as the images before"
+    wanted = f"{shape} pixels as the others"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as image:
-                size = image.height, image.width
-                expect(shape in (None, size, size[::-1]), str(path), wanted, size)  # it may lie on its side
+                held = image.height, image.width
+                either = (held, held[::-1])  # it may lie on its side
+                expect(shape is None or shape in either, str(path), wanted, f"{held}{hint}")
                 expect(image.mode in MODES, str(path), "8 bits per channel", f"mode {image.mode}")
                 pixels = _upright(np.asarray(_on_white(image).convert(MODES[image.mode])), image)
-                expect(shape in (None, pixels.shape[:2]), str(path), wanted, pixels.shape[:2])
-                return pixels
+                expect(shape in (None, pixels.shape[:2]), str(path), wanted, f"{pixels.shape[:2]}{hint}")
+                if size is None:
+                    return pixels
+                return np.asarray(ImageOps.fit(Image.fromarray(pixels), (size, size), Image.Resampling.BICUBIC))
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise ValueError(f"{path}: expected an image of a plausible size, got a decompression bomb") from None
     except (OSError, SyntaxError, EOFError, zlib.error) as error:
@@ -132,10 +142,13 @@ def _upright(pixels: np.ndarray, image) -> np.ndarray:
     return pixels[:, ::-1] if turn in (2, 3, 6, 7) else pixels
 
 
-def read_unlabelled(paths: Sequence[Path], shape: tuple[int, ...]) -> tuple[list[str], np.ndarray]:
+def read_unlabelled(
+    paths: Sequence[Path], shape: tuple[int, ...], size: int | None = None
+) -> tuple[list[str], np.ndarray]:
     """Names and contents [N, *shape] of image files, of all that are in folders, and of .npy arrays [N, *shape].
 
     shape  [H, W] or [H, W, C] of images, which are made grey or RGB as it says, or [F] of features, from arrays alone
+    size   scale image files, and take their middle, as `load_folder` does
 
     Raises FileNotFoundError or ValueError for what is not there, damaged or of another size.
     """
@@ -153,7 +166,7 @@ def read_unlabelled(paths: Sequence[Path], shape: tuple[int, ...]) -> tuple[list
         expect(len(shape) > 1, str(path), f"a .npy array [N, {shape[0]}] of features", "another file")
         for file in _inside(path) if path.is_dir() else [path]:
             names.append(str(file))
-            found.append(_in_colours(read_image(file, shape[:2]), shape)[None])
+            found.append(_in_colours(read_image(file, None if size else shape[:2], size), shape)[None])
     expect(len(names) > 0, "images", "at least one image", "none")
     return names, np.concatenate(found)
 

@@ -22,7 +22,7 @@ def load_unknown(
 
     name    "noise": each value drawn evenly from 0 to 255, 10,000 images unless `count` says otherwise; or the name
             of an image set that `data.load` knows, such as "svhn" for CIFAR or "digits" for Fashion-MNIST: its test
-            images, in grey or RGB and of the size asked for (bilinear)
+            images, in grey or RGB and of the size asked for (bilinear; "folder": by `image_size`, the middle)
     folder  where that set lies, as in `data.load`
     count   at most so many, the first
 
@@ -33,12 +33,27 @@ def load_unknown(
         whole(count, "count")
     if name == "noise":
         return np.random.default_rng(seed).integers(0, 256, (count or 10_000, *shape), np.uint8)
-    if name == "svhn":  # its test file alone is enough
-        images = read_svhn(Path(folder or cache() / "svhn") / "test_32x32.mat")[0][:count]
-    else:
-        images = load(name, folder).test_images[:count].numpy()
+    expect(
+        folder is not None or name not in ("folder", "npz"),
+        "ood_dir",
+        f"the place of the images, for ood = {name}",
+        "none",
+    )
+    try:
+        images = _test_images(name, shape, folder)[:count]
+    except FileNotFoundError as error:  # of what reads any set, and knows its place as data_dir
+        text = "ood_dir:" + str(error).removeprefix("data_dir:") if str(error).startswith("data_dir:") else str(error)
+        hint = "" if "--ood-dir" in text else "; --ood-dir names the place of the set"
+        raise FileNotFoundError(text + hint) from None
     expect(len(images) > 0, "ood", "at least one test image", "none")
     return _as_shape(images, shape)
+
+
+def _test_images(name: str, shape: tuple[int, ...], folder: str | Path | None) -> np.ndarray:
+    if name == "svhn":  # its test file alone is enough
+        return read_svhn(Path(folder or cache() / "svhn") / "test_32x32.mat")[0]
+    size = min(shape[:2]) if name == "folder" else None  # photos of any size
+    return load(name, folder, image_size=size).test_images.numpy()
 
 
 def _as_shape(images: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:

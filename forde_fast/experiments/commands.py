@@ -83,7 +83,7 @@ def experiment(command):
     """One experiment of the paper, as a page with tables and figures."""
     command.add_argument("name", help=f"one of {', '.join(registry.EXPERIMENTS)}")
     command.add_argument("--setting", default="small", help="small, paper or paper-cifar10; default: %(default)s")
-    names = ("data", "model", "width", "members", "epochs", "repulsion_weight")
+    names = ("data", "image_size", "model", "width", "members", "epochs", "repulsion_weight")
     command.add_settings(*names, default="the setting's")
     command.add_argument("--seeds", type=int, help="trainings of each kind; default: the setting's")
     command.add_argument("--data-dir", help="folder or file of a data set that does not come with the package")

@@ -45,6 +45,7 @@ class Setting:
     augment: bool = False
     strategy: str = "stacked"
     spread: bool = True
+    image_size: int | None = None
 
 
 PUBLISHED = Setting("cifar100", "resnet18", None, 10, 5, 300, repulsion_weight=1.0, augment=True, strategy="auto",
@@ -68,7 +69,7 @@ class Lab:
         TrainConfig(**{name: value for name, value in vars(setting).items() if name in FIELDS})  # its checks
         whole(setting.seeds, "seeds")
         self.setting, self.out, self.device, self.say = setting, Path(out), torch.device(device), say
-        self.data = load(setting.data, data_dir)
+        self.data = load(setting.data, data_dir, image_size=setting.image_size)
         self.normalise = self.data.normalisation or Normalisation.fit(self.data.train_images)
         self.x = self.normalise(self.data.train_images).to(self.device)
         self.y = self.data.train_labels.to(self.device)

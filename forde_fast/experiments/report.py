@@ -28,7 +28,10 @@ from forde_fast.validation import expect
 POINTS = 60  # of a trace
 FEW = 10  # samples of which no accuracy is drawn
 TRACES = ("cross_entropy", "bandwidth_median", "gradient_cosine", "gradient_ratio")
-ALIKE = ("data", "train_size", "test_size", "model", "width", "members", "epochs", "lr", "batch_size", "augment")
+ALIKE = (
+    "data", "image_size", "train_size", "test_size", "model", "width", "members", "epochs", "lr", "batch_size",
+    "augment",
+)  # fmt: skip
 CAPTIONS = {  # of the figures, by their files
     "severity.png": "Means over corruptions and seeds; severity 0 is the clean images. Beside them what is gained "
     "over the deep ensemble, paired by seed where the seeds are the same.",
@@ -191,7 +194,8 @@ def _predicted(runs: Sequence[Found], data_dir: str | None) -> tuple[np.ndarray,
     """Confidence and correctness of all test images, run after run."""
     confidences, correct = [], []
     for found in runs:
-        data = _data(found.config.get("data", FIELDS["data"].default), data_dir or found.config.get("data_dir"))
+        name, folder = found.config.get("data", FIELDS["data"].default), data_dir or found.config.get("data_dir")
+        data = _data(name, folder, found.config.get("image_size"))
         run = open_run(found.folder, data, corrupted_dir=None, ood=None)
         confidence, predicted = run.predict(run.test_images).mean(0).max(1)
         confidences.append(confidence.numpy())
@@ -200,8 +204,8 @@ def _predicted(runs: Sequence[Found], data_dir: str | None) -> tuple[np.ndarray,
 
 
 @functools.lru_cache(maxsize=1)
-def _data(name: str, folder: str | None) -> Images:
-    return load(name, folder)
+def _data(name: str, folder: str | None, image_size: int | None) -> Images:
+    return load(name, folder, image_size=image_size)
 
 
 def reliability_bins(confidence: np.ndarray, correct: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

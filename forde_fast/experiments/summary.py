@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from forde_fast import evaluation
+from forde_fast.data import CORRUPTIONS
 from forde_fast.validation import expect
 
 METRICS = {"nll": ("NLL", 1.0, 3), "accuracy": ("A", 100.0, 1), "ece": ("ECE", 1.0, 3)}  # title, factor, digits
@@ -123,9 +124,19 @@ def _scores(rows: dict) -> str:
         cells = [_mean(rows, row, "clean", metric) for metric in METRICS]
         cells += [" / ".join(_mean(rows, row, g, m) for m in ("accuracy", "nll", "ece")) for g in groups[1:]]
         lines.append([row, *cells])
-    legend = "; ".join(LEGEND[group] for group in groups)
+    legend = "; ".join(LEGEND[group] for group in groups) + _scored(rows, groups)
     text = f"{_origin(rows)} Accuracy in %, NLL in nats, {legend}."
     return f"{text}\n\n{markdown_table(head, lines)}"
+
+
+def _scored(rows: dict, groups: Sequence[str]) -> str:
+    """What columns are that are not means over all corruptions, as those of runs with `corruptions` of their own."""
+    metrics = [own for row in rows.values() for own in row["metrics"] if "corrupted" in groups]
+    found = {frozenset(own["corrupted"].get("by_corruption", CORRUPTIONS)) for own in metrics}
+    if len(found) > 1:
+        return "; but not all runs were scored under the same corruptions"
+    names = [name for name in CORRUPTIONS if found and name in next(iter(found))]
+    return f"; but of these only {', '.join(names)} were scored" if 0 < len(names) < len(CORRUPTIONS) else ""
 
 
 def _origin(rows: dict) -> str:
