@@ -209,3 +209,21 @@ def test_a_picture_of_ones_own_is_not_written_over(tmp_path, capsys):
     with pytest.raises(SystemExit):
         cli.main(["train", *TINY, "--epochs", "1", "--out", str(tmp_path)])
     assert "which holds training.png" in capsys.readouterr().err
+
+
+def test_photos_of_any_size_are_predicted_as_they_were_trained_on(tmp_path, capsys):
+    data, out = pets(tmp_path / "pets"), tmp_path / "out"
+    assert (
+        cli.main(
+            ["train", "--data", "folder", "--data-dir", str(data), "--image-size", "6", *SMALL, "--out", str(out)]
+        )
+        == 0
+    )
+    wide = Image.fromarray(np.asarray(Image.open(data / "test" / "cats" / "0.png")).repeat(4, 0).repeat(4, 1)).resize(
+        (64, 32)
+    )
+    wide.save(tmp_path / "wide.png")
+    capsys.readouterr()
+    assert cli.main(["predict", str(out), str(tmp_path / "wide.png")]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2
+    assert ff.load_run(out).trained_on.shape == (6, 6, 3)
