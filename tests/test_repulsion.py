@@ -292,19 +292,28 @@ def test_user_lengthscale(fast):
     assert relative(ff.repulsion(particles, Diagonal(), backend=fast).gradient, exact.gradient) < 1e-10
 
 
-def test_threads_change_nothing():
-    """Sums run in an order of their own, whatever the number of threads."""
+def with_threads(particles, counts):
     usable("cpp")
-    particles, before = torch.randn(5, 32, 300), torch.get_num_threads()
     results = []
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            results.append(ff.repulsion(particles, backend="cpp"))
-    finally:
-        torch.set_num_threads(before)
-    for result in results[1:]:
-        assert all(torch.equal(part, same) for part, same in zip(result, results[0], strict=True))
+    for threads in counts:
+        torch.set_num_threads(threads)
+        results.append(ff.repulsion(particles, backend="cpp"))
+    return results
+
+
+def test_threads_change_nothing(threads_come_back):
+    """Sums run in an order of their own, whatever the number of threads."""
+    one, *others = with_threads(torch.randn(5, 32, 300), (1, 2, 3))
+    for result in others:
+        assert all(torch.equal(part, same) for part, same in zip(result, one, strict=True))
+
+
+def test_threads_that_split_columns_change_roundings(threads_come_back):
+    """Few samples of many columns: in as many pieces as the threads want, whose sums are added up in double."""
+    one, *others = with_threads(torch.randn(3, 1, 40_000), (1, 2, 3))
+    for result in others:
+        for part, same in zip(result, one, strict=True):
+            assert relative(part, same.double()) <= 4 * torch.finfo(F32).eps
 
 
 def test_every_instruction_set(capability):
