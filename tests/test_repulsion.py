@@ -1,6 +1,7 @@
 """The operation: every backend against the published code's numbers and against the float64 oracle."""
 
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from forde_fast.testing import CASES, DRAWS, LENGTHSCALES, compare, make_lengths
 GOLDEN = sorted((Path(__file__).parent / "golden").glob("repulsion_*.npz"))
 FAST = ["cpp", "triton"]  # "cuda" does the default path only: test_cuda.py
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
+operation = sys.modules["forde_fast.repulsion"]  # the module; its function has the same name
 
 
 def usable(backend):
@@ -419,3 +421,8 @@ def test_kernel_values_of_far_particles_vanish(capability):
     for part, exact in zip((value, c, h), kernel_rule(d), strict=True):
         assert torch.allclose(part, exact, rtol=1e-14, atol=1e-300)
     assert (c == 0).sum() > 6 * 20
+
+
+def test_columns_that_are_computed_in_float64_are_as_many_as_in_cpp():
+    text = (Path(__file__).parents[1] / "csrc/cpu/rows.h").read_text()
+    assert f"kExactColumns = {operation.EXACT_COLUMNS};" in text
