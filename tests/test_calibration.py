@@ -57,3 +57,15 @@ def test_calibrated_nll_is_of_samples_that_were_not_fitted():
     assert two["nll"] > 50
     with pytest.raises(ValueError, match="B: expected a whole number >= 2, got 1"):
         calibrated_nll(torch.eye(2)[:1], torch.tensor([0]))
+
+
+def test_calibrated_nll_is_the_mean_of_both_directions():
+    probs, labels = sample(size=41, sharpness=3.0)
+    one, other = np.random.default_rng(3).permutation(41)[:21], np.random.default_rng(3).permutation(41)[21:]
+    found = []
+    for fitted, scored in ((one, other), (other, one)):
+        temperature = fit_temperature(probs[fitted], labels[fitted])
+        found.append((score(temper(probs[scored], temperature), labels[scored])["nll"], temperature))
+    assert found[0] != pytest.approx(found[1], rel=0.05)
+    got = calibrated_nll(probs, labels, splits=1, seed=3)
+    assert (got["nll"], got["temperature"]) == pytest.approx(np.mean(found, axis=0))

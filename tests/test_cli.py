@@ -11,6 +11,7 @@ import torch
 
 from forde_fast import cli, plots
 from forde_fast.config import TrainConfig, read, to_toml
+from forde_fast.data import Normalisation
 from forde_fast.run import Run, open_run
 
 TINY = [
@@ -163,6 +164,14 @@ def test_what_was_loaded_is_said(tmp_path, capsys):
     run("train", *TINY, "--validation", "0.25", "--out", tmp_path)
     said = capsys.readouterr().err
     assert "digits: 192 training, 64 validation, 200 test samples of 8 x 8 grey, 10 classes (0, 1, " in said
+
+
+def test_images_are_normalised_by_those_that_are_trained_on(tmp_path):
+    own = Run(TrainConfig("digits", train_size=256, test_size=200, validation=0.25, out=str(tmp_path / "one")))
+    assert (len(own.images), len(own.valid_images)) == (192, 64)
+    assert own.normalisation == Normalisation.fit(own.images)
+    for others in (own.test_images, own.valid_images, torch.cat([own.images, own.valid_images])):
+        assert own.normalisation != Normalisation.fit(others)
 
 
 def test_version(capsys):

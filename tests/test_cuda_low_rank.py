@@ -173,6 +173,25 @@ def test_norms_that_a_few_columns_mislead_about(host):
     assert any(host.twice)
 
 
+def test_norms_whose_differences_are_most_of_a_distance(host):
+    """Rows nearly along one direction whose norms a few columns say differently, none of them far off: 0.2 and 0.4 of
+    what they are. Only what a pair's distance would be found from shows it."""
+    scale, columns, draws = make_pca(1024, 60, 0.01), sampled(1024), []
+    for seed in range(3):
+        draw = torch.Generator().manual_seed(seed)
+        rows = torch.randn(1, 1, 1024, generator=draw) + 1e-3 * torch.randn(4, 1, 1024, generator=draw)
+        rows[..., columns] *= 0.2
+        ff.repulsion(rows, scale, backend="cuda")
+        assert not any(host.twice)
+        rows[::2, :, columns] *= 2
+        draws.append((ff.repulsion(rows, scale, backend="cuda"), rows))
+        share = rows[..., columns].square().mean(-1).sqrt() / rows.square().mean(-1).sqrt()
+        assert 1 / 8 < share.min() < share.max() < 4
+        assert all(host.twice[-2:])
+        host.twice.clear()
+    assert within(scale, *draws)
+
+
 @pytest.mark.parametrize("border", [4, 8, 12])
 def test_norms_of_images_are_found_once(border, host):
     """Gradients of images whose borders matter little, and of which every second member sees one half."""

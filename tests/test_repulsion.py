@@ -1,6 +1,7 @@
 """The operation: every backend against the published code's numbers and against the float64 oracle."""
 
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from forde_fast.testing import CASES, DRAWS, LENGTHSCALES, compare, make_lengths
 GOLDEN = sorted((Path(__file__).parent / "golden").glob("repulsion_*.npz"))
 FAST = ["cpp", "triton"]  # "cuda" does the default path only: test_cuda.py
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
+operation = sys.modules["forde_fast.repulsion"]  # the module; its function has the same name
 
 
 def usable(backend):
@@ -292,19 +294,28 @@ def test_user_lengthscale(fast):
     assert relative(ff.repulsion(particles, Diagonal(), backend=fast).gradient, exact.gradient) < 1e-10
 
 
-def test_threads_change_nothing():
-    """Sums run in an order of their own, whatever the number of threads."""
+def with_threads(particles, counts):
     usable("cpp")
-    particles, before = torch.randn(5, 32, 300), torch.get_num_threads()
     results = []
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            results.append(ff.repulsion(particles, backend="cpp"))
-    finally:
-        torch.set_num_threads(before)
-    for result in results[1:]:
-        assert all(torch.equal(part, same) for part, same in zip(result, results[0], strict=True))
+    for threads in counts:
+        torch.set_num_threads(threads)
+        results.append(ff.repulsion(particles, backend="cpp"))
+    return results
+
+
+def test_threads_change_nothing(threads_come_back):
+    """Sums run in an order of their own, whatever the number of threads."""
+    one, *others = with_threads(torch.randn(5, 32, 300), (1, 2, 3))
+    for result in others:
+        assert all(torch.equal(part, same) for part, same in zip(result, one, strict=True))
+
+
+def test_threads_that_split_columns_change_roundings(threads_come_back):
+    """Few samples of many columns: in as many pieces as the threads want, whose sums are added up in double."""
+    one, *others = with_threads(torch.randn(3, 1, 40_000), (1, 2, 3))
+    for result in others:
+        for part, same in zip(result, one, strict=True):
+            assert relative(part, same.double()) <= 4 * torch.finfo(F32).eps
 
 
 def test_every_instruction_set(capability):
@@ -410,3 +421,8 @@ def test_kernel_values_of_far_particles_vanish(capability):
     for part, exact in zip((value, c, h), kernel_rule(d), strict=True):
         assert torch.allclose(part, exact, rtol=1e-14, atol=1e-300)
     assert (c == 0).sum() > 6 * 20
+
+
+def test_columns_that_are_computed_in_float64_are_as_many_as_in_cpp():
+    text = (Path(__file__).parents[1] / "csrc/cpu/rows.h").read_text()
+    assert f"kExactColumns = {operation.EXACT_COLUMNS};" in text

@@ -269,6 +269,22 @@ def test_a_signal_keeps_everything_and_says_how_to_go_on(number, tmp_path, undis
     assert not (folder / "checkpoints").exists()
 
 
+def test_the_time_before_a_stop_counts(tmp_path, undisturbed, monkeypatch):
+    folder = tmp_path / "stopped"
+    with monkeypatch.context() as patch:
+        at_step(patch, 6, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        stopped(*TINY, "--out", folder)
+    kept = Checkpoints(folder / "checkpoints")
+    state = kept.read(6)
+    assert state["seconds"] > 0
+    kept.paths()[-1].unlink()
+    kept.write({**state, "seconds": 1000.0})  # more than any rest takes
+    assert cli.main(["train", "--resume", "--out", str(folder)]) == 0
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert 1000 < metrics["seconds"] < 2000
+    assert metrics["members_x_images_per_second"] == pytest.approx(12 * 2 * 64 / metrics["seconds"])
+
+
 def test_a_second_signal_stops_at_once(monkeypatch):
     with StopSignals() as stop:
         stop.waits = True

@@ -1,5 +1,6 @@
 // The rule for the default bandwidth: what forde_fast/rule.py does between the two stages, in two halves, as all samples
 // must have been seen before the second. In double throughout; sums in a fixed order, whatever the number of threads.
+// (Distances themselves may differ by it in their last bits: where samples are few, `Rows::splits` cuts columns for it.)
 #pragma once
 
 #include <algorithm>
