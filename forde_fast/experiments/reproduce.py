@@ -59,7 +59,8 @@ class Trial(Run):
 
 
 class TunedRun(Trial):
-    """A run whose scores are those of its validation images, clean and under corruptions that no table tests."""
+    """A run whose scores are those of its validation images, clean and under the extra corruptions, which are not
+    among the standard 15 that tables are judged by."""
 
     corrupted: Callable[[Run], Corrupted]
 
