@@ -11,6 +11,7 @@ import forde_fast as ff
 from forde_fast import reference
 from forde_fast.rule import kernel_rule
 from forde_fast.testing import CASES, DRAWS, LENGTHSCALES, compare, make_lengthscale, make_particles, make_pca
+from forde_fast.validation import NotFinite
 
 GOLDEN = sorted((Path(__file__).parent / "golden").glob("repulsion_*.npz"))
 FAST = ["cpp", "triton"]  # "cuda" does the default path only: test_cuda.py
@@ -395,11 +396,24 @@ def test_rows_along_one_axis_differ_by_nothing(capability):
         assert (result.gradient == 0).all(), kind
 
 
-def test_overflow_is_found_on_every_way():
-    usable("cpp")
-    for kind in ("identity", "pca", "low rank"):
-        with pytest.raises(ValueError, match="an overflow"):
-            ff.repulsion(torch.full((3, 2, 300), 1e30), lengthscale(kind, 300), backend="cpp")
+SCALES = {F32: 1e30, F64: 1e160, torch.bfloat16: 1e30}  # whose squares are out of range
+
+
+@pytest.mark.parametrize("dtype", SCALES, ids=str)
+@pytest.mark.parametrize("kind", ["identity", "pca", "low rank"])
+def test_overflow_is_found_on_every_way(kind, dtype, backend):
+    particles = torch.randn(4, 2, 300).to(dtype) * SCALES[dtype]
+    if particles.is_cuda:
+        pytest.skip("CUDA tensors are not inspected")
+    scale = lengthscale(kind, 300)
+    for others, normalize in ((None, True), (None, False), (particles[:1] * 0.5, True), (particles[:1] * 0.5, False)):
+        for call in (ff.repulsion, ff.distances):
+            with pytest.raises(NotFinite, match=r"^particles: expected squared norms .* got an overflow"):
+                call(particles, scale, others=others, normalize=normalize, backend=backend)
+    with pytest.raises(NotFinite, match="an overflow"):  # of others alone
+        ff.repulsion(torch.ones(1, 2, 300).to(dtype), scale, others=particles[:1], backend=backend)
+    with pytest.raises(NotFinite, match="an overflow"):
+        ff.repulsion(particles[:1], scale, backend=backend)
 
 
 def test_kernel_values_of_far_particles_vanish(capability):
