@@ -396,6 +396,26 @@ def test_rows_along_one_axis_differ_by_nothing(capability):
         assert (result.gradient == 0).all(), kind
 
 
+@pytest.mark.parametrize(("scale", "eps"), [(1e-22, 1e-30), (1e-20, 1e-36), (1e-17, 1e-24), (1e14, 1e-24)])
+def test_rows_whose_products_leave_the_range_of_float(scale, eps, capability):
+    """Far apart as they are, they go by differences of normalised rows."""
+    for groups in (2, 40):  # columns split, and not
+        particles = torch.randn(3, groups, 5000 if groups == 2 else 300) * scale
+        exact = reference.repulsion(particles.double(), eps=eps)
+        found = ff.repulsion(particles, eps=eps, backend="cpp")
+        for part, wanted in zip(found, exact, strict=True):
+            assert torch.allclose(part.double(), wanted, rtol=1e-4, atol=float(wanted.abs().max()) * 1e-5)
+
+
+@pytest.mark.parametrize("shape", [(3, 0, 5), (0, 2, 5), (3, 2, 0)])
+def test_the_operations_refuse_empty_tensors(shape):
+    usable("cpp")
+    with pytest.raises(RuntimeError, match="all > 0"):
+        torch.ops.forde_fast.pair_distances(torch.randn(shape), None, None, True, 1e-24)
+    with pytest.raises(RuntimeError, match="all > 0"):
+        torch.ops.forde_fast.median_rule(torch.randn(shape), None, 1.0)
+
+
 SCALES = {F32: 1e30, F64: 1e160, torch.bfloat16: 1e30}  # whose squares are out of range
 
 

@@ -150,6 +150,11 @@ def test_a_bandwidth_tensor_compiles():
 GOOD = torch.randn(3, 4, 10)
 BAD = [
     ({"particles": [[1.0]]}, TypeError, "particles: expected a torch.Tensor"),
+    (
+        {"particles": torch.randn(3, 4, 10).to_sparse()},
+        TypeError,
+        "particles: expected a dense tensor, got torch.spar",
+    ),
     ({"particles": torch.randn(3, 4)}, ValueError, r"particles: expected 3 dimensions \[M, G, D\]"),
     ({"particles": torch.randn(0, 4, 10)}, ValueError, "particles: expected at least one of each of M, G, D"),
     ({"particles": torch.ones(3, 4, 10, dtype=torch.int64)}, TypeError, "particles: expected float32"),
