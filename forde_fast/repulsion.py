@@ -112,8 +112,9 @@ def repulsion(
     D <= 256 everything is computed in float64.
 
     Raises TypeError or ValueError for bad arguments, ValueError for NaN or infinity in CPU tensors (CUDA tensors
-    are not inspected: that would wait for the device) and RuntimeError, with the reason, for a backend that
-    cannot run here. Source: Trinh et al., ICLR 2024, equations 16 and 17 and the published code.
+    are not inspected: that would wait for the device; nor are CPU tensors under torch.compile) and RuntimeError,
+    with the reason, for a backend that cannot run here. Source: Trinh et al., ICLR 2024, equations 16 and 17 and
+    the published code.
     """
     name, implementation = _choose(backend, particles, others, lengthscale, normalize, eps, precision)
     check_bandwidth(bandwidth, particles if others is None else others)
@@ -125,9 +126,13 @@ def repulsion(
         fits = others is None and _is_default(bandwidth)
         half = _half_factor(particles, lengthscale, normalize, precision) if fits else None
         name = "cuda" if half else name
+    if name != "cpp" and particles.is_cpu:
+        _check_norms(name, particles, others, normalize)
     if name == "reference":
-        _check_finite(particles, others)
-        result = implementation.repulsion(particles, lengthscale, others, normalize, eps, bandwidth)
+        result = _outside_inference(implementation.repulsion)(
+            particles, lengthscale, others, normalize, eps, bandwidth
+        )
+        _check_finite(particles, others, result.distances.amax())
     elif name == "cuda" or (name == "cpp" and others is None and _is_default(bandwidth)):
         if name == "cuda":
             _check_fused(particles, bool(half) or _is_identity(lengthscale), others, bandwidth)
@@ -167,9 +172,12 @@ def distances(
 ):
     """The first stage of `repulsion`, with its arguments: d [M, N, G], and the state that `combine` takes."""
     name, implementation = _choose(backend, particles, others, lengthscale, normalize, eps, precision)
+    if name != "cpp" and particles.is_cpu:
+        _check_norms(name, particles, others, normalize)
     if name == "reference":
-        _check_finite(particles, others)
-        return implementation.distances(particles, lengthscale, others, normalize, eps)
+        d, state = _outside_inference(implementation.distances)(particles, lengthscale, others, normalize, eps)
+        _check_finite(particles, others, d.amax())
+        return d, state
     expect(name != "cuda", "backend", "one with two stages", "'cuda', which has one", RuntimeError)
     d, state = _distances(implementation, particles, others, lengthscale, normalize, eps, precision)
     _check_finite(particles, others, d.sum())
@@ -186,7 +194,7 @@ def combine(state, c: Tensor) -> Tensor:
         return _combine(state, c)
     from forde_fast import reference
 
-    return reference.combine(state, c)
+    return _outside_inference(reference.combine)(state, c)
 
 
 @torch.no_grad()
@@ -373,6 +381,29 @@ def _refuse_tangents(particles: Tensor) -> None:
         return
     if forward.unpack_dual(particles).tangent is not None:
         refuse("particles", "no forward-mode derivative, which the value has not", "a dual tensor", RuntimeError)
+
+
+def _outside_inference(call):
+    """`call` of the oracle, which differentiates: autograd keeps nothing that torch.inference_mode has made."""
+
+    def run(*arguments):
+        with torch.inference_mode(False):
+            return call(*(x.clone() if isinstance(x, Tensor) and x.is_inference() else x for x in arguments))
+
+    return run
+
+
+def _check_norms(name: str, particles: Tensor, others: Tensor | None, normalize: bool) -> None:
+    """ValueError for rows that are not finite, or whose squared norm is not: divided by that they would be 0, which
+    nothing shows afterwards. (C++ sees to it by itself.)"""
+    if torch.compiler.is_compiling():
+        return
+    dtype = operators.accumulation_dtype(particles.dtype if name == "reference" else _computed(particles))
+    for rows in (particles, others):
+        if rows is not None:
+            rows = rows.detach().to(dtype)
+            largest = rows.square().sum(-1).amax() if normalize else rows.abs().amax()
+            _check_finite(particles, others, largest)
 
 
 def _check_finite(particles: Tensor, others: Tensor | None, outcome: Tensor | None = None) -> None:

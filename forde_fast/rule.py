@@ -93,7 +93,10 @@ def check_bandwidth(bandwidth, repelling: Tensor | None = None) -> None:
             refuse("bandwidth", "'median', a Median, a number or a tensor", repr(bandwidth))
     elif isinstance(bandwidth, Tensor):
         expect(bandwidth.is_floating_point(), "bandwidth", "a floating tensor", bandwidth.dtype, TypeError)
-        expect(bandwidth.is_cuda or bool((bandwidth > 0).all()), "bandwidth", "values > 0", bandwidth.min())
+        if not (bandwidth.is_cuda or torch.compiler.is_compiling()):
+            good = (bandwidth > 0) & (bandwidth < math.inf)
+            if not good.all():
+                refuse("bandwidth", "finite values > 0", bandwidth[~good][0].item())
         if repelling is not None:
             device, shape = repelling.device, repelling.shape[:2]
             known = bandwidth.device in (device, torch.device("cpu"))

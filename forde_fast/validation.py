@@ -56,6 +56,8 @@ def tensor_of_floats(tensor: Tensor, name: str, shape: str) -> None:
         refuse(name, "a torch.Tensor", type(tensor).__name__, TypeError)
     if tensor.dtype not in FLOATS:
         refuse(name, "float32, float64 or bfloat16", tensor.dtype, TypeError)
+    if tensor.layout != torch.strided:
+        refuse(name, "a dense tensor", tensor.layout, TypeError)
     rank = shape.count(",") + 1
     if tensor.ndim != rank:
         refuse(name, f"{rank} dimensions [{shape}]", f"shape {list(tensor.shape)}")

@@ -12,6 +12,7 @@ import forde_fast as ff
 from forde_fast import reference
 from forde_fast.rule import kernel_rule
 from forde_fast.testing import CASES, DRAWS, LENGTHSCALES, compare, make_lengthscale, make_particles, make_pca
+from forde_fast.validation import NotFinite
 
 GOLDEN = sorted((Path(__file__).parent / "golden").glob("repulsion_*.npz"))
 FAST = ["cpp", "triton"]  # "cuda" does the default path only: test_cuda.py
@@ -406,11 +407,44 @@ def test_rows_along_one_axis_differ_by_nothing(capability):
         assert (result.gradient == 0).all(), kind
 
 
-def test_overflow_is_found_on_every_way():
+@pytest.mark.parametrize(("scale", "eps"), [(1e-22, 1e-30), (1e-20, 1e-36), (1e-17, 1e-24), (1e14, 1e-24)])
+def test_rows_whose_products_leave_the_range_of_float(scale, eps, capability):
+    """Far apart as they are, they go by differences of normalised rows."""
+    for groups in (2, 40):  # columns split, and not
+        particles = torch.randn(3, groups, 5000 if groups == 2 else 300) * scale
+        exact = reference.repulsion(particles.double(), eps=eps)
+        found = ff.repulsion(particles, eps=eps, backend="cpp")
+        for part, wanted in zip(found, exact, strict=True):
+            assert torch.allclose(part.double(), wanted, rtol=1e-4, atol=float(wanted.abs().max()) * 1e-5)
+
+
+@pytest.mark.parametrize("shape", [(3, 0, 5), (0, 2, 5), (3, 2, 0)])
+def test_the_operations_refuse_empty_tensors(shape):
     usable("cpp")
-    for kind in ("identity", "pca", "low rank"):
-        with pytest.raises(ValueError, match="an overflow"):
-            ff.repulsion(torch.full((3, 2, 300), 1e30), lengthscale(kind, 300), backend="cpp")
+    with pytest.raises(RuntimeError, match="all > 0"):
+        torch.ops.forde_fast.pair_distances(torch.randn(shape), None, None, True, 1e-24)
+    with pytest.raises(RuntimeError, match="all > 0"):
+        torch.ops.forde_fast.median_rule(torch.randn(shape), None, 1.0)
+
+
+SCALES = {F32: 1e30, F64: 1e160, torch.bfloat16: 1e30}  # whose squares are out of range
+
+
+@pytest.mark.parametrize("dtype", SCALES, ids=str)
+@pytest.mark.parametrize("kind", ["identity", "pca", "low rank"])
+def test_overflow_is_found_on_every_way(kind, dtype, backend):
+    particles = torch.randn(4, 2, 300).to(dtype) * SCALES[dtype]
+    if particles.is_cuda:
+        pytest.skip("CUDA tensors are not inspected")
+    scale = lengthscale(kind, 300)
+    for others, normalize in ((None, True), (None, False), (particles[:1] * 0.5, True), (particles[:1] * 0.5, False)):
+        for call in (ff.repulsion, ff.distances):
+            with pytest.raises(NotFinite, match=r"^particles: expected squared norms .* got an overflow"):
+                call(particles, scale, others=others, normalize=normalize, backend=backend)
+    with pytest.raises(NotFinite, match="an overflow"):  # of others alone
+        ff.repulsion(torch.ones(1, 2, 300).to(dtype), scale, others=particles[:1], backend=backend)
+    with pytest.raises(NotFinite, match="an overflow"):
+        ff.repulsion(particles[:1], scale, backend=backend)
 
 
 def test_kernel_values_of_far_particles_vanish(capability):

@@ -1,6 +1,7 @@
 """The operation inside autograd, torch.library and torch.compile; and what it says to bad input."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -121,9 +122,39 @@ def test_what_is_made_in_inference_mode_serves_later_calls():
     assert (later - first).norm() < 1e-5 * first.norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bandwidth", ["median", 0.5, torch.rand(4, 3) + 0.1], ids=["median", "number", "tensor"])
+def test_the_reference_differentiates_in_inference_mode(dtype, bandwidth):
+    particles, others, scale = torch.randn(4, 3, 10).to(dtype), torch.randn(4, 3, 10).to(dtype), make_pca(10)
+    keywords = {"others": others, "backend": "reference"}
+    wanted = ff.repulsion(particles, scale, bandwidth=bandwidth, **keywords)
+    weighed = ff.combine(ff.distances(particles, scale, **keywords)[1], c := torch.randn(4, 4, 3))
+    with torch.inference_mode():
+        made = particles.clone()
+        keywords["others"] = others.clone()
+        h = bandwidth.clone() if isinstance(bandwidth, torch.Tensor) else bandwidth
+        found = ff.repulsion(made, scale, bandwidth=h, **keywords)
+        assert torch.equal(ff.combine(ff.distances(made, scale, **keywords)[1], c.clone()), weighed)
+    later = ff.repulsion(made, scale, bandwidth=h, **keywords)  # of tensors made there
+    assert all(map(torch.equal, found, wanted))
+    assert all(map(torch.equal, later, wanted))
+
+
+def test_a_bandwidth_tensor_compiles():
+    particles, bandwidth = torch.randn(4, 3, 10), torch.rand(4, 3) + 0.1
+    compiled = torch.compile(ff.repulsion, backend="aot_eager", fullgraph=True)
+    found, wanted = (call(particles, bandwidth=bandwidth, backend="cpp") for call in (compiled, ff.repulsion))
+    assert all(map(torch.equal, found, wanted))
+
+
 GOOD = torch.randn(3, 4, 10)
 BAD = [
     ({"particles": [[1.0]]}, TypeError, "particles: expected a torch.Tensor"),
+    (
+        {"particles": torch.randn(3, 4, 10).to_sparse()},
+        TypeError,
+        "particles: expected a dense tensor, got torch.spar",
+    ),
     ({"particles": torch.randn(3, 4)}, ValueError, r"particles: expected 3 dimensions \[M, G, D\]"),
     ({"particles": torch.randn(0, 4, 10)}, ValueError, "particles: expected at least one of each of M, G, D"),
     ({"particles": torch.ones(3, 4, 10, dtype=torch.int64)}, TypeError, "particles: expected float32"),
@@ -136,7 +167,8 @@ BAD = [
     ({"bandwidth": "mean"}, ValueError, "bandwidth: expected 'median'"),
     ({"bandwidth": -1.0}, ValueError, "bandwidth: expected a finite number > 0, got -1.0"),
     ({"bandwidth": torch.ones(2, 4)}, ValueError, r"bandwidth: expected a shape that broadcasts to \[3, 4\]"),
-    ({"bandwidth": torch.zeros(4)}, ValueError, "bandwidth: expected values > 0"),
+    ({"bandwidth": torch.zeros(4)}, ValueError, "bandwidth: expected finite values > 0"),
+    ({"bandwidth": torch.tensor(math.inf)}, ValueError, "bandwidth: expected finite values > 0, got inf"),
     ({"eps": 0.0}, ValueError, "eps: expected a finite number > 0, got 0.0"),
 ]
 

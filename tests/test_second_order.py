@@ -284,3 +284,13 @@ def test_small_calls_are_left_to_pytorch_but_for_ranks(monkeypatch):
     assert norm.takes(torch.randn(8, 4))
     norm.reduce = lambda sums: sums
     assert norm.takes(torch.randn(7, 4))
+
+
+def test_a_convolution_of_no_pixels_is_refused():
+    if not ff.available_backends()["cpp"]:
+        pytest.skip("needs the C++ extension")
+    rest = [1, 1], [1, 1], [1, 1], 1, 1
+    with pytest.raises(RuntimeError, match="a kernel that fits into the image"):
+        torch.ops.forde_fast.convolve(torch.randn(2, 3, 0, 3), torch.randn(4, 3, 1, 1), None, *rest)
+    with pytest.raises(RuntimeError, match="a kernel that fits into the image"):
+        torch.ops.forde_fast.convolve_input(torch.randn(2, 4, 2, 5), torch.randn(4, 3, 1, 1), [0, 3], *rest)

@@ -52,7 +52,7 @@ struct Setting {
     TORCH_CHECK(s.size() == 2 && p.size() == 2 && d.size() == 2, "stride, padding, dilation: expected two numbers each");
     for (int a = 0; a < 2; ++a) {
       size[a] = x[a], kernel[a] = weight[a], stride[a] = s[a], padding[a] = p[a], dilation[a] = d[a];
-      TORCH_CHECK(stride[a] > 0 && dilation[a] > 0 && padding[a] >= 0 && room(a) >= 0,
+      TORCH_CHECK(size[a] > 0 && kernel[a] > 0 && stride[a] > 0 && dilation[a] > 0 && padding[a] >= 0 && room(a) >= 0,
                   "expected a kernel that fits into the image, got ", weight, " for ", x);
     }
   }

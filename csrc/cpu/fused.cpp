@@ -193,7 +193,7 @@ Whole by_factor(const Rows& rows, const Tensor& factor, double tail, bool normal
 // distances, alignment [Mi, Mj, G] or none -> value [] (NaN where a distance is not finite), coefficients [Mi, Mj, G],
 // bandwidth [Mj, G], projection [Mi, G]
 std::tuple<Tensor, Tensor, Tensor, Tensor> median_rule(const Tensor& distances, const OptionalTensor& alignment, double log_count) {
-  TORCH_CHECK(distances.dim() == 3, "distances: expected [Mi, Mj, G], got ", distances.sizes());
+  TORCH_CHECK(distances.dim() == 3 && distances.numel() > 0, "distances: expected [Mi, Mj, G], all > 0, got ", distances.sizes());
   if (alignment)
     TORCH_CHECK(alignment->sizes() == distances.sizes() && alignment->scalar_type() == distances.scalar_type(), "alignment: expected ",
                 distances.scalar_type(), " ", distances.sizes(), " as distances, got ", alignment->scalar_type(), " ", alignment->sizes());

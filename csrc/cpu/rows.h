@@ -62,7 +62,7 @@ struct Rows {
   }
 
   static Tensor dense(const Tensor& t) {
-    TORCH_CHECK(t.dim() == 3, "particles: expected [M, G, D], got ", t.sizes());
+    TORCH_CHECK(t.dim() == 3 && t.numel() > 0, "particles, others: expected [M, G, D], all > 0, got ", t.sizes());
     return t.size(2) == 1 || t.stride(2) == 1 ? t : t.contiguous();
   }
 
@@ -192,6 +192,8 @@ inline void add_pairs(const Rows& rows, const Sample& sample, int64_t begin, int
 // Where all rows of a sample are far apart, the sums of its pairs and its gradients come from products of the rows, as
 // precise and half the operations: the squares of two rows, added, are at most kFar times that of their difference.
 constexpr double kFar = 4;
+// They divide by two norms at once and multiply rows as they are: squares not between this and its inverse leave the type's range.
+inline double least_square(at::ScalarType type) { return type == at::kDouble ? 1e-280 : 1e-30; }
 
 // What is known of a sample, and the memory for it: as with the pointers, kept from one to the next.
 struct Measured {
@@ -221,10 +223,11 @@ struct Measured {
     lengths.square.resize(count);
     for (int64_t n = 0; n < count; ++n) lengths.square[n] = std::exchange(sums[n * count + n], 0.0);
     squares = lengths.square;
+    const double least = least_square(rows.type);
+    far = std::all_of(squares.begin(), squares.end(), [&](double square) { return square >= least && square <= 1 / least; });
     norms.normalize ? lengths.of_squares(norms.eps, rows.type) : lengths.of_ones(count);
     const auto& norm = lengths.norm;
     for (int64_t n = 0; n < count; ++n) squares[n] /= norm[n] * norm[n];
-    far = true;
     for (int64_t i = 0; i < count; ++i)
       for (int64_t j = i + 1; j < count; ++j) {
         double& sum = sums[i * count + j];
