@@ -23,7 +23,7 @@ from forde_fast.info import info
 from forde_fast.parsing import Parser, rank
 from forde_fast.run import Run, open_run
 from forde_fast.signals import Interrupted
-from forde_fast.validation import NotFinite, expect, one_of, whole
+from forde_fast.validation import NotFinite, expect, names_in, one_of, whole
 from forde_fast.verify import HEAD, cells, verify
 from forde_fast.watching import watched
 
@@ -71,7 +71,7 @@ def _compare(command):
             settings = _settings(options)
             folder = Path(settings.get("out", FIELDS["out"].default))
             _expect_run(options, settings, folder.glob("*/config.toml"), folder)
-            names = options.methods.split(",")
+            names = names_in(options.methods)
             expect(len(set(names)) == len(names), "methods", "each method once", options.methods)
             own = [_config(options, {**settings, "method": name, "out": str(folder / name)}) for name in names]
             loaded = functools.cache(load)  # once for all
@@ -138,7 +138,7 @@ def _corrupt(command):
                 most = len(data.test_images)
                 expect(options.test_size <= most, "test_size", f"<= {most}", options.test_size)
             images, labels = (part[: options.test_size].numpy() for part in (data.test_images, data.test_labels))
-            names = options.names.split(",") if options.names else CORRUPTIONS
+            names = names_in(options.names) if options.names else CORRUPTIONS
             write_corrupted(options.out, images, labels, names, options.preset, options.seed, print)
             print(f"{options.out / 'labels.npy'}\nread them with: --corrupted-dir {shlex.quote(str(options.out))}")
 

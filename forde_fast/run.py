@@ -44,7 +44,7 @@ from forde_fast.signals import StopSignals
 from forde_fast.step import ALONE
 from forde_fast.strategies import LOOP, Graphs
 from forde_fast.trainer import Trainer
-from forde_fast.validation import expect, reason_of
+from forde_fast.validation import expect, names_in, reason_of
 from forde_fast.watching import check_tensorboard, watched
 
 FILES = ("config.toml", "log.jsonl", "epochs.jsonl", "checkpoints", "checkpoint.safetensors", "metrics.json")
@@ -102,7 +102,7 @@ class Run:
                 self.corrupted_files.keep(chosen)
         elif "frost" in chosen and not self.data.table:
             texture_folder()  # what is missing is said before the training
-        names = config.ood.split(",") if config.ood else ()
+        names = names_in(config.ood) if config.ood else ()
         self.unknown = {name: load_unknown(name, pixels, config.ood_dir, config.test_size) for name in names}
         self._make_model = lambda: models.make(config.model, len(self.data.classes), shape, config.width)
         if self.mesh is ALONE:
