@@ -38,7 +38,9 @@ def main(arguments: list[str] | None = None) -> int:
     for name, add in COMMANDS.items():
         command = subparsers.add_parser(name, help=add.__doc__, description=add.__doc__)
         command.set_defaults(call=add(command), parser=command)
-    options = parser.parse_args(arguments)
+    options, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        options.parser.refuse(unknown)
     if distributed.launched() and options.command not in SPLIT:
         options.parser.error(f"{options.command}: expected one process, got {distributed.ranks()}")
     try:

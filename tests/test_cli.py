@@ -253,6 +253,9 @@ def test_info_of_what_is_not_installed(capsys, monkeypatch):
 
 BAD = [
     (["--model", "vgg"], "model: expected one of mlp, cnn, resnet18, preactresnet18, got 'vgg'"),
+    (["--method", "forde_pca"], "forde-cosine, got 'forde_pca' (forde-pca?)\n"),
+    (["--corruptions", "fog,frosty"], "got 'frosty' (frost?)\n"),
+    (["--epoches=3", "x", "y"], "train: error: unrecognized arguments: --epoches=3 (--epochs?) y\n"),
     (["--method", "svgd"], "method: expected one of de, weight-rde"),
     (
         ["--data", "mnist"],
