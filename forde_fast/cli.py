@@ -25,7 +25,7 @@ from forde_fast.parsing import Parser, rank
 from forde_fast.run import FILES, Run, open_run
 from forde_fast.signals import Interrupted
 from forde_fast.trained import load_run
-from forde_fast.validation import NotFinite, expect, one_of, whole
+from forde_fast.validation import NotFinite, expect, names_in, one_of, whole
 from forde_fast.verify import HEAD, cells, verify
 from forde_fast.watching import watched
 
@@ -40,7 +40,9 @@ def main(arguments: list[str] | None = None) -> int:
     for name, add in COMMANDS.items():
         command = subparsers.add_parser(name, help=add.__doc__, description=add.__doc__)
         command.set_defaults(call=add(command), parser=command)
-    options = parser.parse_args(arguments)
+    options, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        options.parser.refuse(unknown)
     if distributed.launched() and options.command not in SPLIT:
         options.parser.error(f"{options.command}: expected one process, got {distributed.ranks()}")
     try:
@@ -74,7 +76,7 @@ def _compare(command):
             folder = Path(settings.get("out", FIELDS["out"].default))
             _expect_run(options, settings, folder.glob("*/config.toml"), folder)
             held = [name for name in NAMES if (folder / name / "config.toml").is_file()]
-            names = options.methods.split(",") if options.methods else (options.resume and held) or COMPARED
+            names = names_in(options.methods) if options.methods else (options.resume and held) or COMPARED
             expect(len(set(names)) == len(names), "methods", "each method once", options.methods)
             if options.resume and held:  # the others are trained as these
                 settings = resumed(settings, folder / held[0])
@@ -168,7 +170,7 @@ def _corrupt(command):
                 most = len(data.test_images)
                 expect(options.test_size <= most, "test_size", f"<= {most}", options.test_size)
             images, labels = (part[: options.test_size].numpy() for part in (data.test_images, data.test_labels))
-            names = options.names.split(",") if options.names else CORRUPTIONS
+            names = names_in(options.names) if options.names else CORRUPTIONS
             write_corrupted(options.out, images, labels, names, options.preset, options.seed, print)
             print(f"{options.out / 'labels.npy'}\nread them with: --corrupted-dir {shlex.quote(str(options.out))}")
 

@@ -129,7 +129,7 @@ class TrainConfig:
         expect(0 <= self.alpha <= 1, "alpha", "a number from 0 to 1", self.alpha)
         image_model = f"mlp, the only one for features of --data {self.data}"
         expect(self.data != "table" or self.model == "mlp", "model", image_model, self.model)
-        for name in self.ood.split(",") if self.ood else ():
+        for name in validation.names_in(self.ood) if self.ood else ():
             validation.one_of(name, "ood", UNKNOWN)
         own = f"none for {self.data}, which comes with the package (your own: --data folder, npz or table)"
         expect(self.data not in BUNDLED or self.data_dir is None, "data_dir", own, self.data_dir)

@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable
 from typing import NoReturn, TypeVar
 
+from forde_fast.validation import meant
+
 Made = TypeVar("Made")
 
 
@@ -27,6 +29,11 @@ class Parser(argparse.ArgumentParser):
         if rank():
             time.sleep(PATIENCE)
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+
+    def refuse(self, unknown: list[str]) -> NoReturn:
+        """Say which of the arguments this command does not know."""
+        flags = self._option_string_actions
+        self.error("unrecognized arguments: " + " ".join(text + meant(text.split("=")[0], flags) for text in unknown))
 
     def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
         super().exit(status, message if rank() == 0 else None)

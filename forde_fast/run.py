@@ -45,7 +45,7 @@ from forde_fast.step import ALONE
 from forde_fast.strategies import LOOP, Graphs
 from forde_fast.trained import TrainedOn, make_ensemble, make_model, shared_layers
 from forde_fast.trainer import Trainer
-from forde_fast.validation import expect
+from forde_fast.validation import expect, names_in
 from forde_fast.watching import check_tensorboard, watched
 
 FILES = (
@@ -103,7 +103,7 @@ class Run:
                 self.corrupted_files.keep(chosen)
         elif "frost" in chosen and not self.data.table:
             texture_folder()  # what is missing is said before the training
-        names = config.ood.split(",") if config.ood else ()
+        names = names_in(config.ood) if config.ood else ()
         self.unknown = {name: load_unknown(name, pixels, config.ood_dir, config.test_size) for name in names}
         if self.mesh is ALONE:
             self.ensemble = self._make_ensemble()

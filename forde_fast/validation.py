@@ -1,5 +1,6 @@
 """Checks of what comes in: one line that names the argument, what was expected and what came."""
 
+import difflib
 import math
 import numbers
 from typing import NoReturn
@@ -39,10 +40,16 @@ def _shown(text: str) -> str:
 
 
 def one_of(value: str, name: str, valid) -> str:
-    """`value`, if it is one of the names in `valid`; the message lists them."""
+    """`value`, if it is one of the names in `valid`; the message lists them and asks for one that is alike."""
     if not (isinstance(value, str) and value in valid):
-        refuse(name, "one of " + ", ".join(valid), repr(value)[:80])
+        refuse(name, "one of " + ", ".join(valid), repr(value)[:80] + meant(value, valid))
     return value
+
+
+def meant(value, valid) -> str:
+    """` (name?)`, the one most like `value`, or nothing where none is like it."""
+    close = difflib.get_close_matches(value[:80], valid, 1) if isinstance(value, str) else []
+    return f" ({close[0]}?)" if close else ""
 
 
 def names_in(text: str) -> tuple[str, ...]:

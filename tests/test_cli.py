@@ -198,6 +198,19 @@ def test_compare_sets_methods_side_by_side(tmp_path, capsys):
     assert (tmp_path / "training.png").exists()
 
 
+def test_names_may_have_spaces_between(tmp_path, capsys):
+    given = ("--corruptions", " contrast , fog", "--ood", "noise, fashion-mini")
+    run("compare", *TINY, *given, "--methods", "de, forde-pca", "--out", tmp_path)
+    metrics = json.loads((tmp_path / "forde-pca" / "metrics.json").read_text())
+    assert list(metrics["ood"]) == ["noise", "fashion-mini"]
+    assert list(metrics["corrupted"]["by_corruption"]) == ["contrast", "fog"]
+    run("corrupt", "--test-size", 5, "--names", "fog, contrast", "--out", tmp_path / "C")
+    assert {path.stem for path in (tmp_path / "C").iterdir()} == {"fog", "contrast", "labels"}
+    capsys.readouterr()
+    said = refused(capsys, "bench", "--shapes", "4x2x3, 0x1x2")
+    assert "got '0x1x2'" in said
+
+
 def test_flags_stand_over_the_file(tmp_path):
     file = tmp_path / "run.toml"
     file.write_text('data = "digits"\nmembers = 2\nlr = 1\nepochs = 1\ntrain_size = 128\nmethod = "de"\n')
@@ -249,6 +262,9 @@ def test_info_of_what_is_not_installed(capsys, monkeypatch):
 
 BAD = [
     (["--model", "vgg"], "model: expected one of mlp, cnn, resnet18, preactresnet18, got 'vgg'"),
+    (["--method", "forde_pca"], "forde-cosine, got 'forde_pca' (forde-pca?)\n"),
+    (["--corruptions", "fog,frosty"], "got 'frosty' (frost?)\n"),
+    (["--epoches=3", "x", "y"], "train: error: unrecognized arguments: --epoches=3 (--epochs?) y\n"),
     (["--method", "svgd"], "method: expected one of de, weight-rde"),
     (
         ["--data", "mnist"],

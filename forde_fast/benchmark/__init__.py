@@ -65,7 +65,7 @@ def bench(
     """
     device = device or default_device()
     precision = precision or ("tf32" if device == "cuda" else "ieee")
-    names = [validation.one_of(name, "providers", PROVIDERS) for name in providers.split(",")]
+    names = [validation.one_of(name, "providers", PROVIDERS) for name in validation.names_in(providers)]
     validation.whole(rounds, "rounds")
     caches = (cache,) if cache else ("cold", "warm")
     cases = make_cases(shapes, lengthscales, device, dtype, precision)

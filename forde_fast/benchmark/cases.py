@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from forde_fast.lengthscales import PCA, Cosine
-from forde_fast.validation import expect, one_of
+from forde_fast.validation import expect, names_in, one_of
 
 Shape = tuple[int, int, int]  # M, B, D
 
@@ -73,8 +73,8 @@ def make_cases(shapes: str, lengthscales: str | None, device: str, dtype: str, p
     expect(device == "cpu" or torch.cuda.is_available(), "device", "cpu, as there is no CUDA device", device)
     expect(precision == "ieee" or device == "cuda", "precision", "ieee on a CPU", precision)
     cases = []
-    for shape in (_shape(name) for given in shapes.split(",") for name in GROUPS.get(given, (given,))):
-        for kind in lengthscales.split(",") if lengthscales else _that_suit(shape[2], device):
+    for shape in (_shape(name) for given in names_in(shapes) for name in GROUPS.get(given, (given,))):
+        for kind in names_in(lengthscales) if lengthscales else _that_suit(shape[2], device):
             _check_lengthscale(kind, shape[2])
             cases.append(Case(shape, kind, device, dtype, precision))
     return list(dict.fromkeys(cases))

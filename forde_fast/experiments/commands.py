@@ -18,7 +18,7 @@ from forde_fast.experiments.summary import as_markdown
 from forde_fast.experiments.tables import TABLES
 from forde_fast.files import write
 from forde_fast.signals import Interrupted
-from forde_fast.validation import one_of
+from forde_fast.validation import names_in, one_of
 
 
 def reproduce(command):
@@ -41,7 +41,7 @@ def reproduce(command):
             names = ("seeds", "members", "epochs", "train_size", "test_size")
             given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
             if options.methods:
-                chosen = tuple(options.methods.split(","))
+                chosen = names_in(options.methods)
                 given |= {"methods": chosen, "published": tuple(n for n in table.published if n in chosen)}
             folder = Path(options.out or f"runs/{options.table}")
             data = options.data_dir, options.device
