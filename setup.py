@@ -5,6 +5,7 @@ failed build leaves a working package: `forde-fast info` then says what is missi
 """
 
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -69,20 +70,38 @@ def cuda_extension():
 
     if not (torch.version.cuda and CUDA_HOME and Path(CUDA_HOME, "bin", "nvcc").exists()):
         return []
-    flags = {"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS + targets(torch)}
+    chips = targets(torch)
+    low_rank = ["-DFORDE_FAST_LOW_RANK"] if any("sm_90a" in chip for chip in chips) else []
+    flags = {"cxx": CXX_FLAGS + low_rank, "nvcc": NVCC_FLAGS + chips}
     sources = sorted(str(path) for path in Path("csrc/cuda").iterdir() if path.suffix in (".cpp", ".cu"))
     return [CUDAExtension("forde_fast._cuda", sources, extra_compile_args=flags, optional=True)]
 
 
 def targets(torch):
-    """What nvcc compiles for; nothing where TORCH_CUDA_ARCH_LIST says it."""
-    if os.environ.get("TORCH_CUDA_ARCH_LIST"):
-        return []
+    """What nvcc compiles for; nothing where TORCH_CUDA_ARCH_LIST says it in words, which torch knows."""
+    if listed := os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        return named_targets(listed)
     if not torch.cuda.is_available():
         return EVERY_GPU
     here = {torch.cuda.get_device_capability(n) for n in range(torch.cuda.device_count())}
     chips = sorted(f"{major}{minor}{'a' if major == 9 else ''}" for major, minor in here)
     return [f"-gencode=arch=compute_{chip},code=sm_{chip}" for chip in chips]
+
+
+def named_targets(listed):
+    """The flags for TORCH_CUDA_ARCH_LIST, in which 9.0 is 9.0a: torch itself would leave Hopper without the kernel
+    for low ranks. Code for later GPUs (+PTX) cannot have what only 9.0a has."""
+    names = [re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", name) for name in listed.replace(";", " ").split()]
+    if not all(names):
+        return []
+    flags = []
+    for major, minor, suffix, later in (name.groups() for name in names):
+        chip = f"{major}{minor}"
+        own = chip + (suffix or ("a" if chip == "90" else ""))
+        flags.append(f"-gencode=arch=compute_{own},code=sm_{own}")
+        if later:
+            flags.append(f"-gencode=arch=compute_{chip + suffix},code=compute_{chip + suffix}")
+    return list(dict.fromkeys(flags))
 
 
 setup(

@@ -6,6 +6,7 @@ without a compiler keeps the others.
 
 import functools
 import os
+import sys
 
 import torch
 from torch import Tensor
@@ -201,3 +202,5 @@ def _register_cuda() -> str:
 
 # backend -> why it cannot be used here; empty where it can. Found at import, so that torch.compile sees constants.
 UNUSABLE = {"reference": "", "cpp": _register_cpp(), "triton": _register_triton(), "cuda": _register_cuda()}
+# Whether Hopper's kernel for low ranks was compiled: elsewhere it would only stop the device.
+HAS_LOW_RANK = not UNUSABLE["cuda"] and getattr(sys.modules["forde_fast._cuda"], "has_low_rank", False)

@@ -262,10 +262,10 @@ def _half_factor(particles, lengthscale, normalize, precision):
 
 
 def _is_hopper(particles: Tensor) -> bool:
-    """Whether "tf32" means something there, and fused_low_rank is written for it."""
+    """Whether "tf32" means something there, and fused_low_rank is written and compiled for it."""
     if not particles.is_cuda:
         return _rounds(particles.device)
-    return torch.cuda.get_device_capability(particles.device)[0] == 9
+    return operators.HAS_LOW_RANK and torch.cuda.get_device_capability(particles.device)[0] == 9
 
 
 def _narrowed(results, dtype: torch.dtype) -> Repulsion:

@@ -9,6 +9,7 @@ import ctypes
 import math
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -309,6 +310,13 @@ def test_what_it_is_for(monkeypatch):
         (rows, None, True, "tf32"),
     ):
         assert operation._half_factor(*other) is None
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_hopper_without_the_kernel_does_not_run_it(compiled, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(operation.operators, "HAS_LOW_RANK", compiled)
+    assert operation._is_hopper(SimpleNamespace(is_cuda=True, device="cuda")) is compiled
 
 
 def test_sizes_are_those_of_the_header():

@@ -78,4 +78,11 @@ TORCH_LIBRARY_IMPL(forde_fast, CUDA, m) { m.impl("fused", fused); }
 
 }  // namespace forde_fast
 
-PYBIND11_MODULE(_cuda, m) { m.doc() = "The CUDA C++ implementation of forde_fast's operation; importing it registers it"; }
+PYBIND11_MODULE(_cuda, m) {
+  m.doc() = "The CUDA C++ implementation of forde_fast's operation; importing it registers it";
+#if defined(FORDE_FAST_LOW_RANK)  // of setup.py, where it compiles for sm_90a
+  m.attr("has_low_rank") = true;
+#else
+  m.attr("has_low_rank") = false;
+#endif
+}
