@@ -58,7 +58,7 @@ def test_opcheck():
         torch.library.opcheck(operations.pair_distances, (particles, given, z, True, 1e-24))
         arguments = (particles, given, z, norm, torch.rand_like(d), alignment[:, 0].contiguous())
         torch.library.opcheck(operations.combine, arguments)
-        torch.library.opcheck(operations.coordinates, (particles, given, z[..., :3]))
+        torch.library.opcheck(operations.coordinates, (particles, given, z[..., :3], True, 1e-24))
         torch.library.opcheck(operations.project, (particles, particles, given, torch.rand_like(d), True, 1e-24))
     torch.library.opcheck(operations.fused, (particles, None, True, 1e-24, 1.0))
     torch.library.opcheck(operations.fused_by_factor, (particles, torch.randn(10, 3), 0.1, True, 1e-24, 1.0))
