@@ -3,6 +3,9 @@
 import importlib.metadata
 import json
 import os
+import subprocess
+import sys
+import tempfile
 import tomllib
 
 import numpy as np
@@ -163,6 +166,23 @@ def test_what_was_loaded_is_said(tmp_path, capsys):
     run("train", *TINY, "--validation", "0.25", "--out", tmp_path)
     said = capsys.readouterr().err
     assert "digits: 192 training, 64 validation, 200 test samples of 8 x 8 grey, 10 classes (0, 1, " in said
+
+
+@pytest.mark.parametrize(
+    "arguments", [("info", "--json"), ("train", "--help"), ("corrupt", "--test-size", "5", "--out", "{}")]
+)
+def test_a_reader_that_has_read_enough(arguments, tmp_path):
+    reads, writes = os.pipe()
+    os.close(reads)
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    for environment in (buffered, {**buffered, "PYTHONUNBUFFERED": "1"}):
+        out = tempfile.mkdtemp(dir=tmp_path)
+        command = [sys.executable, "-m", "forde_fast", *(text.format(out) for text in arguments)]
+        done = subprocess.run(command, stdout=writes, stderr=subprocess.PIPE, env=environment, timeout=100)
+        quiet = (0, 141) if "--help" in arguments else (141,)  # unbuffered, argparse passes over it by itself
+        assert done.returncode in quiet
+        assert done.stderr == b""
+    os.close(writes)
 
 
 def test_version(capsys):

@@ -101,9 +101,10 @@ def experiment(command):
 
         lab = options.parser.checked(prepare)
         try:
-            print(run(options.name, lab))
+            text = run(options.name, lab)
         except (OSError, ValueError, MemoryError) as error:
             options.parser.stop(str(error))
+        print(text)
         return 0
 
     return call
