@@ -34,6 +34,17 @@ COMPARED = ("de", "forde-identity", "forde-pca", "forde-tuned")
 
 
 def main(arguments: list[str] | None = None) -> int:
+    try:
+        try:
+            return _called(arguments)
+        finally:
+            print(end="", flush=True)
+    except BrokenPipeError:  # what reads the output has read enough; Python would flush the rest at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+
+
+def _called(arguments: list[str] | None) -> int:
     parser = Parser(prog="forde-fast", description="First-order repulsive deep ensembles.")
     parser.add_argument("--version", action="version", version=f"forde-fast {printing.version()}")
     subparsers = parser.add_subparsers(dest="command", required=True, parser_class=Parser)

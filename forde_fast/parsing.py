@@ -57,6 +57,8 @@ class Parser(argparse.ArgumentParser):
         """What `prepare` makes, before any work; what is wrong with the input is one line and status 2."""
         try:
             return prepare()
+        except BrokenPipeError:  # of what is printed, not of what comes in
+            raise
         except (TypeError, ValueError, OSError) as error:
             self.error(str(error))
 

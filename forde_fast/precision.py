@@ -39,6 +39,16 @@ def outside_autocast(call: Callable) -> Callable:
     return run
 
 
+def outside_inference(call: Callable) -> Callable:
+    """`call` of the oracle, which differentiates: autograd keeps nothing that torch.inference_mode has made."""
+
+    def run(*arguments):
+        with torch.inference_mode(False):
+            return call(*(x.clone() if isinstance(x, Tensor) and x.is_inference() else x for x in arguments))
+
+    return run
+
+
 def matmul(a: Tensor, b: Tensor, precision: str) -> Tensor:
     """a [..., K] @ b [K, L]; in float32 where they are float16."""
     return torch.ops.forde_fast.matmul(a, b, precision)

@@ -38,9 +38,18 @@ def loaded(run) -> str:
         else f"{shape[0]} x {shape[1]} {'RGB' if len(shape) == 3 else 'grey'}"
     )
     held = f", {len(run.valid_images):,} validation" if len(run.valid_labels) else ""
-    named = ", ".join(classes[:MOST]) + (", ..." if len(classes) > MOST else "")
     counts = f"{len(run.images):,} training{held}, {len(run.test_images):,} test samples"
-    return f"{run.config.data}: {counts} of {of}, {len(classes)} classes ({named})"
+    text = f"{run.config.data}: {counts} of {of}, {len(classes)} classes ({_first(classes)})"
+    kind = "samples" if run.data.table else "images"
+    for part, labels in (("training", run.labels), ("test", run.test_labels)):
+        there = set(labels.tolist())
+        missing = [name for label, name in enumerate(classes) if label not in there]
+        text += f"; no {part} {kind} of: {_first(missing)}" if missing else ""
+    return text
+
+
+def _first(names: Sequence[str]) -> str:
+    return ", ".join(names[:MOST]) + (", ..." if len(names) > MOST else "")
 
 
 def scores(results: dict[str, dict]) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from forde_fast import operators, validation
 from forde_fast.lengthscales import PCA, Identity
-from forde_fast.precision import PRECISIONS, matmul, outside_autocast
+from forde_fast.precision import PRECISIONS, matmul, outside_autocast, outside_inference
 from forde_fast.rule import Median, Rule, check_bandwidth, kernel_rule
 from forde_fast.types import Backend, Repulsion
 from forde_fast.validation import expect, refuse
@@ -129,7 +129,7 @@ def repulsion(
     if name != "cpp" and particles.is_cpu:
         _check_norms(name, particles, others, normalize)
     if name == "reference":
-        result = _outside_inference(implementation.repulsion)(
+        result = outside_inference(implementation.repulsion)(
             particles, lengthscale, others, normalize, eps, bandwidth
         )
         _check_finite(particles, others, result.distances.amax())
@@ -152,7 +152,7 @@ def repulsion(
             _check_finite(particles, others, d.sum())
             value, c, h = kernel_rule(d, bandwidth)
         result = _narrowed((value, _combine(state, c, projection), h, d), particles.dtype)
-    _refuse_tangents(particles)
+    validation.no_tangent(particles, "particles")
     if torch.is_grad_enabled() and particles.requires_grad:
         value = torch.ops.forde_fast.attach_gradient(particles, result.value, result.gradient)
         result = result._replace(value=value)
@@ -175,7 +175,7 @@ def distances(
     if name != "cpp" and particles.is_cpu:
         _check_norms(name, particles, others, normalize)
     if name == "reference":
-        d, state = _outside_inference(implementation.distances)(particles, lengthscale, others, normalize, eps)
+        d, state = outside_inference(implementation.distances)(particles, lengthscale, others, normalize, eps)
         _check_finite(particles, others, d.amax())
         return d, state
     expect(name != "cuda", "backend", "one with two stages", "'cuda', which has one", RuntimeError)
@@ -194,7 +194,7 @@ def combine(state, c: Tensor) -> Tensor:
         return _combine(state, c)
     from forde_fast import reference
 
-    return _outside_inference(reference.combine)(state, c)
+    return outside_inference(reference.combine)(state, c)
 
 
 @torch.no_grad()
@@ -372,25 +372,6 @@ def _is_default(bandwidth) -> bool:
 
 def _is_identity(lengthscale) -> bool:
     return lengthscale is None or isinstance(lengthscale, Identity)
-
-
-def _refuse_tangents(particles: Tensor) -> None:
-    """RuntimeError where a forward-mode derivative is asked for, which would come out as 0."""
-    forward = torch.autograd.forward_ad
-    if torch.compiler.is_compiling() or forward._current_level < 0:
-        return
-    if forward.unpack_dual(particles).tangent is not None:
-        refuse("particles", "no forward-mode derivative, which the value has not", "a dual tensor", RuntimeError)
-
-
-def _outside_inference(call):
-    """`call` of the oracle, which differentiates: autograd keeps nothing that torch.inference_mode has made."""
-
-    def run(*arguments):
-        with torch.inference_mode(False):
-            return call(*(x.clone() if isinstance(x, Tensor) and x.is_inference() else x for x in arguments))
-
-    return run
 
 
 def _check_norms(name: str, particles: Tensor, others: Tensor | None, normalize: bool) -> None:

@@ -105,6 +105,15 @@ def finite(tensor: Tensor, name: str) -> None:
         )
 
 
+def no_tangent(tensor: Tensor, name: str) -> None:
+    """RuntimeError where a forward-mode derivative is asked for, which would come out as 0."""
+    forward = torch.autograd.forward_ad
+    if torch.compiler.is_compiling() or forward._current_level < 0:
+        return
+    if forward.unpack_dual(tensor).tangent is not None:
+        refuse(name, "no forward-mode derivative, which the value has not", "a dual tensor", RuntimeError)
+
+
 def lengthscale(value) -> None:
     """None or a lengthscale: an object with `coordinates` and `product`."""
     if not (value is None or (hasattr(value, "coordinates") and hasattr(value, "product"))):

@@ -155,7 +155,7 @@ def changed(files, name, **new):
         ),
         (
             lambda f: changed(f, "test_batch", data=np.zeros((1, 3072), np.uint8), labels=[9]),
-            "test_labels: expected 0 to 3, got 9 to 9",
+            "test_labels: expected values from 0 to 3, got values from 9 to 9",
         ),
         (lambda f: {k: v for k, v in f.items() if k != "test_batch"}, "test_batch"),
         (lambda f: changed(f, "batches.meta", other=["a"]), "batches.meta: expected a list of names"),

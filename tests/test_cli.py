@@ -3,6 +3,9 @@
 import importlib.metadata
 import json
 import os
+import subprocess
+import sys
+import tempfile
 import tomllib
 
 import numpy as np
@@ -172,6 +175,23 @@ def test_images_are_normalised_by_those_that_are_trained_on(tmp_path):
     assert own.normalisation == Normalisation.fit(own.images)
     for others in (own.test_images, own.valid_images, torch.cat([own.images, own.valid_images])):
         assert own.normalisation != Normalisation.fit(others)
+
+
+@pytest.mark.parametrize(
+    "arguments", [("info", "--json"), ("train", "--help"), ("corrupt", "--test-size", "5", "--out", "{}")]
+)
+def test_a_reader_that_has_read_enough(arguments, tmp_path):
+    reads, writes = os.pipe()
+    os.close(reads)
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    for environment in (buffered, {**buffered, "PYTHONUNBUFFERED": "1"}):
+        out = tempfile.mkdtemp(dir=tmp_path)
+        command = [sys.executable, "-m", "forde_fast", *(text.format(out) for text in arguments)]
+        done = subprocess.run(command, stdout=writes, stderr=subprocess.PIPE, env=environment, timeout=100)
+        quiet = (0, 141) if "--help" in arguments else (141,)  # unbuffered, argparse passes over it by itself
+        assert done.returncode in quiet
+        assert done.stderr == b""
+    os.close(writes)
 
 
 def test_version(capsys):

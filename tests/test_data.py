@@ -129,8 +129,14 @@ def test_damaged_and_foreign_files_are_refused(tmp_path, content, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"train_labels": torch.tensor([0, 2])}, "toy: train_labels: expected 0 to 1, got 0 to 2"),
-        ({"test_labels": torch.tensor([-1])}, "toy: test_labels: expected 0 to 1, got -1 to -1"),
+        (
+            {"train_labels": torch.tensor([0, 2])},
+            "toy: train_labels: expected values from 0 to 1, got values from 0 to 2",
+        ),
+        (
+            {"test_labels": torch.tensor([-1])},
+            "toy: test_labels: expected values from 0 to 1, got values from -1 to -1",
+        ),
         ({"test_labels": torch.tensor([0, 1])}, r"test_labels: expected int64 \[1\].*got torch\.int64 \[2\]"),
         ({"train_images": torch.zeros(2, 4, 4)}, r"train_images: expected uint8 .*, got torch\.float32"),
         ({"test_images": torch.zeros(1, 4, 5, dtype=torch.uint8)}, r"shape \[4, 4\], got \[4, 5\]"),
@@ -364,9 +370,10 @@ def test_flips_and_places_are_equally_likely():
         ({"images": torch.zeros(0, 1, 3, 3)}, "images: .*not empty"),
         ({"labels": torch.zeros(5)}, r"labels: expected \[4\], one label per image, got \[5\]"),
         ({"labels": torch.zeros(4, device="meta")}, "labels: expected on cpu, with the images, got meta"),
-        ({"batch_size": 0}, "batch_size: expected at least 1, got 0"),
-        ({"padding": -1}, "padding: expected at least 0, got -1"),
-        ({"seed": -1}, "seed: expected at least 0, got -1"),
+        ({"batch_size": 0}, "batch_size: expected a whole number >= 1, got 0"),
+        ({"batch_size": 2.5}, r"batch_size: expected a whole number >= 1, got 2\.5"),
+        ({"padding": -1}, "padding: expected a whole number >= 0, got -1"),
+        ({"seed": -1}, "seed: expected a whole number >= 0, got -1"),
     ],
 )
 def test_loader_names_what_is_wrong(change, message):

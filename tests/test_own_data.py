@@ -402,6 +402,18 @@ def test_a_run_on_photos_of_several_sizes(tmp_path, capsys):
     assert cli.main(["evaluate", str(out), "--corrupted-dir", str(tmp_path / "C")]) == 0
 
 
+def test_classes_without_images_are_said(tmp_path, capsys):
+    folder_of(tmp_path / "pets" / "train")
+    folder_of(tmp_path / "pets" / "test")
+    image(tmp_path / "pets" / "train" / "eel" / "0.png")
+    given = ("--data", "folder", "--data-dir", tmp_path / "pets", "--model", "cnn")
+    trained(tmp_path / "a", *given)
+    assert "3 classes (cat, dog, eel); no test images of: eel\n" in capsys.readouterr().err
+    trained(tmp_path / "b", *given, "--train-size", 2, "--test-size", 1)
+    said = capsys.readouterr().err
+    assert said.count("; no training images of: ") == said.count("; no test images of: ") == 1
+
+
 def test_a_run_on_a_table(tmp_path):
     x = RANDOM.normal(size=(60, 5)) * 40 + 1000
     np.savez(tmp_path / "t.npz", features=x, labels=(x[:, 0] > 1000).astype(int))

@@ -16,7 +16,7 @@ from forde_fast.data.download import advice, cache
 from forde_fast.data.download import download as fetch
 from forde_fast.data.own import Parts, load_arrays, load_csv, load_folder
 from forde_fast.data.published import TINY_MEAN, TINY_STD, load_svhn, load_tiny_imagenet
-from forde_fast.validation import expect, reason_of, whole
+from forde_fast.validation import expect, labels_in_range, one_of, reason_of, whole
 
 DATASETS = (
     "fashion-mini", "digits", "fashion-mnist", "cifar10", "cifar100", "tiny-imagenet", "svhn",
@@ -66,26 +66,17 @@ class Images:
             images, labels = getattr(self, f"{part}_images"), getattr(self, f"{part}_labels")
             where = f"{self.name}: {part}"
             known = images.dtype == torch.uint8 and images.ndim in (3, 4)
-            if not known and (images.dtype != torch.float32 or images.ndim != 2):
-                raise ValueError(
-                    f"{where}_images: expected uint8 [N, H, W] or [N, H, W, C], "
-                    f"got {images.dtype} {list(images.shape)}"
-                )
-            if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
-                raise ValueError(
-                    f"{where}_labels: expected int64 [{len(images)}], one per image, "
-                    f"got {labels.dtype} {list(labels.shape)}"
-                )
-            if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < len(self.classes):
-                raise ValueError(
-                    f"{where}_labels: expected 0 to {len(self.classes) - 1}, "
-                    f"got {int(labels.min())} to {int(labels.max())}"
-                )
-        if self.train_images.shape[1:] != self.test_images.shape[1:]:
-            raise ValueError(
-                f"{self.name}: test_images: expected the training images' shape "
-                f"{list(self.train_images.shape[1:])}, got {list(self.test_images.shape[1:])}"
-            )
+            known |= images.dtype == torch.float32 and images.ndim == 2
+            expect(known, f"{where}_images", "uint8 [N, H, W] or [N, H, W, C]", _kind(images))
+            good = labels.dtype == torch.int64 and labels.shape == images.shape[:1]
+            expect(good, f"{where}_labels", f"int64 [{len(images)}], one per image", _kind(labels))
+            labels_in_range(labels, len(self.classes), f"{where}_labels")
+        wanted, got = (list(images.shape[1:]) for images in (self.train_images, self.test_images))
+        expect(got == wanted, f"{self.name}: test_images", f"the training images' shape {wanted}", got)
+
+
+def _kind(tensor: torch.Tensor) -> str:
+    return f"{tensor.dtype} {list(tensor.shape)}"
 
 
 def check_image_size(size: int | None, name: str) -> None:
@@ -122,6 +113,7 @@ def load(
         FileNotFoundError: a file that is missing, with what to do about it.
         OSError: a download that fails.
     """
+    one_of(name, "name", DATASETS)
     check_image_size(image_size, name)
     match name:
         case "fashion-mini":
@@ -140,11 +132,9 @@ def load(
         case "svhn":
             arrays, classes = load_svhn(cache() / "svhn" if folder is None else Path(folder))
             return _images(name, *arrays, classes=classes)
-        case "folder" | "npz" | "table":
-            expect(folder is not None, "data_dir", f"the place of the data, for data = {name}", "none")
-            arrays, classes = _load_own(name, Path(folder), image_size)
-            return _images(str(folder), *arrays, classes=classes)
-    raise ValueError(f"name: expected one of {', '.join(DATASETS)}, got {name!r}")
+    expect(folder is not None, "data_dir", f"the place of the data, for data = {name}", "none")
+    arrays, classes = _load_own(name, Path(folder), image_size)
+    return _images(str(folder), *arrays, classes=classes)
 
 
 def _load_own(name: str, path: Path, image_size: int | None) -> Parts:
@@ -251,8 +241,7 @@ class Normalisation:
             std = exact.std(0, correction=0)
             return cls(tuple(exact.mean(0).tolist()), tuple(torch.where(std > 0, std, 1.0).tolist()))
         pixels = _channels_last(images).flatten(0, 2)  # [N·H·W, C]
-        if not len(pixels):
-            raise ValueError(f"images: expected at least one pixel, got shape {list(images.shape)}")
+        expect(len(pixels) > 0, "images", "at least one pixel", f"shape {list(images.shape)}")
         levels = torch.arange(256, dtype=torch.float64) / 255
         mean, std = [], []
         for channel in pixels.T:  # 256 counts instead of a float copy of the whole set
@@ -273,8 +262,7 @@ class Normalisation:
             mean, std = (torch.tensor(v, dtype=torch.float64, device=images.device) for v in (self.mean, self.std))
             return ((images.double() - mean) / std).float()
         pixels = _channels_last(images).movedim(3, 1)
-        if pixels.shape[1] != len(self.mean):
-            raise ValueError(f"images: expected {len(self.mean)} channels, got {pixels.shape[1]}")
+        expect(pixels.shape[1] == len(self.mean), "images", f"{len(self.mean)} channels", pixels.shape[1])
         mean, std = (
             torch.tensor(v, dtype=torch.float32, device=images.device)[:, None, None] for v in (self.mean, self.std)
         )
@@ -285,6 +273,6 @@ class Normalisation:
 
 
 def _channels_last(images: torch.Tensor) -> torch.Tensor:
-    if images.dtype != torch.uint8 or images.ndim not in (3, 4):
-        raise ValueError(f"images: expected uint8 [N, H, W] or [N, H, W, C], got {images.dtype} {list(images.shape)}")
+    known = images.dtype == torch.uint8 and images.ndim in (3, 4)
+    expect(known, "images", "uint8 [N, H, W] or [N, H, W, C]", _kind(images))
     return images if images.ndim == 4 else images[..., None]

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
+from forde_fast.validation import expect, whole
+
 
 class Loader:
     """Iterate over shuffled, optionally augmented batches (x [B, C, H, W] or features [B, F], y [B]).
@@ -27,7 +29,7 @@ class Loader:
         seed: a non-negative integer.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit, an empty set, a number below its least value.
+        ValueError: shapes, dtypes or devices that do not fit, an empty set, a number not whole or too small.
     """
 
     def __init__(
@@ -41,17 +43,13 @@ class Loader:
         padding: int = 4,
         seed: int = 0,
     ) -> None:
-        if images.ndim not in ((4,) if augment else (2, 4)) or not images.is_floating_point() or not images.numel():
-            raise ValueError(
-                f"images: expected floating [N, C, H, W], not empty, got {images.dtype} {list(images.shape)}"
-            )
-        if labels.shape != images.shape[:1]:
-            raise ValueError(f"labels: expected [{len(images)}], one label per image, got {list(labels.shape)}")
-        if labels.device != images.device:
-            raise ValueError(f"labels: expected on {images.device}, with the images, got {labels.device}")
+        good = images.ndim in ((4,) if augment else (2, 4)) and images.is_floating_point() and images.numel()
+        expect(good, "images", "floating [N, C, H, W], not empty", f"{images.dtype} {list(images.shape)}")
+        alike = labels.shape == images.shape[:1]
+        expect(alike, "labels", f"[{len(images)}], one label per image", list(labels.shape))
+        expect(labels.device == images.device, "labels", f"on {images.device}, with the images", labels.device)
         for name, value, least in (("batch_size", batch_size, 1), ("padding", padding, 0), ("seed", seed, 0)):
-            if value < least:
-                raise ValueError(f"{name}: expected at least {least}, got {value}")
+            whole(value, name, least)
         self.images, self.labels = images, labels
         self.batch_size = min(batch_size, len(images))
         self.shuffle, self.drop_last, self.augment = shuffle, drop_last, augment

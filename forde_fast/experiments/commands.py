@@ -101,9 +101,10 @@ def experiment(command):
 
         lab = options.parser.checked(prepare)
         try:
-            print(registry.run(options.name, lab))
+            text = registry.run(options.name, lab)
         except (OSError, ValueError, MemoryError) as error:
             options.parser.stop(str(error))
+        print(text)
         return 0
 
     return call

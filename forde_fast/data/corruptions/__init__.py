@@ -77,12 +77,12 @@ def corrupt(
 
 
 def _check_images(images: np.ndarray | torch.Tensor) -> None:
-    if not isinstance(images, (np.ndarray, torch.Tensor)):
-        raise TypeError(f"images: expected a numpy array or a torch tensor, got {type(images).__name__}")
-    if str(images.dtype) not in ("uint8", "torch.uint8"):
-        raise TypeError(f"images: expected uint8, got {images.dtype}")
-    if images.ndim not in (3, 4) or 0 in images.shape[1:] or (images.ndim == 4 and images.shape[3] not in (1, 3)):
-        raise ValueError(f"images: expected [N, H, W] or [N, H, W, C] with C 1 or 3, got {list(images.shape)}")
+    known = isinstance(images, (np.ndarray, torch.Tensor))
+    expect(known, "images", "a numpy array or a torch tensor", type(images).__name__, TypeError)
+    expect(str(images.dtype) in ("uint8", "torch.uint8"), "images", "uint8", images.dtype, TypeError)
+    good = images.ndim == 3 or (images.ndim == 4 and images.shape[3] in (1, 3))
+    good &= 0 not in images.shape[1:]
+    expect(good, "images", "[N, H, W] or [N, H, W, C] with C 1 or 3", list(images.shape))
 
 
 def _on_unit_interval(change: Callable) -> Callable:
