@@ -4,9 +4,8 @@ import math
 
 import pytest
 import torch
-from test_kernels import DEVICE, EPS, check, make_rows, path, plain_rows  # noqa: F401 (path is a fixture)
-
 from forde_fast.kernels import low_rank, tiles
+from test_kernels import DEVICE, EPS, check, make_rows, path, plain_rows  # noqa: F401 (path is a fixture)
 
 
 def plain_project(particles, mixed, others, coefficients, normalize):
