@@ -55,7 +55,7 @@ def test_the_cosine_is_the_same_at_every_scale(factor):
         (-1, ValueError, "a finite number > 0, got -1"),
         (0, ValueError, "a finite number > 0, got 0"),
         (math.nan, ValueError, "a finite number > 0, got nan"),
-        (torch.zeros(()), ValueError, "values > 0, got"),
+        (torch.zeros(()), ValueError, "finite values > 0, got"),
         (torch.ones(7), ValueError, r"a shape that broadcasts to \[., 5\], got \[7\]"),
         (Rule(), TypeError, "'median', a Median, a number or a tensor, got Rule"),
     ],
