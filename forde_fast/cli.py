@@ -221,7 +221,7 @@ def _verify(command):
         for backend in dict.fromkeys(row["backend"] for row in rows if row["usable"]):
             title = f"{backend}: largest relative error of the gradient by the members' distance, and of the value"
             printing.table(title, HEAD, [cells(row) for row in rows if row["backend"] == backend])
-        print("sets: two clusters   pair: two members 0.01 and 0.0001 apart   twins: two or all members the same")
+        print("sets: two clusters   pair: two members 0.01 and 0.0001 apart   twins: two or more members the same")
         print("limit: the share used of 2 x plain PyTorch's error in the same precision + 8 eps (4 x in float64)")
         for row in rows:
             if not row["usable"]:

@@ -21,7 +21,7 @@ SPREADS = {
     "0.001": ("spread 1e-3",),
     "sets": ("two clusters",),
     "pair": ("close pair 1e-2", "close pair 1e-4"),
-    "twins": ("duplicate", "zeros"),
+    "twins": ("duplicate", "scaled twins", "zeros"),
 }
 
 
