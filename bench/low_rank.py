@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from timing import interleaved, quantiles
 
+from forde_fast import operators
 from forde_fast.benchmark.cases import make_cases, make_lengthscale
 from forde_fast.benchmark.providers import check
 from forde_fast.precision import products_in
@@ -120,6 +121,7 @@ def main(arguments: list[str] | None = None) -> None:
             parser.error(f"TREE: expected a folder with csrc/cuda/low_rank.cu, got {tree}")
     if not given.build and not torch.cuda.is_available():
         parser.error("needs a CUDA device; --build does not")
+    operators.HAS_LOW_RANK = True  # in the libraries, whatever is installed
     libraries = {str(tree): build(tree) for tree in given.trees}
     if not given.build:
         for case in make_cases(given.shapes, "rank256", "cuda", "float32", "tf32"):

@@ -268,6 +268,7 @@ PLANS = {  # processors, samples, columns -> blocks, splits, items
     (2, 3, 260): (2, 2, 2),
     (10, 8, 260): (8, 5, 5),  # blocks that have a sample's rule, but no columns
     (4, 2, 260): (4, 3, 3),  # one that has neither, and finds the value
+    (20, 3, 1280): (20, 20, 20),  # sums that come in three rounds
 }
 
 

@@ -20,9 +20,24 @@ namespace forde_fast {
 FORDE_INLINE float multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
 FORDE_INLINE double multiply_add(double a, double b, double c) { return fma(a, b, c); }
 
+// To 2 or 3 units in the last place, in a tenth of the instructions.
+FORDE_INLINE float inverse(float x) {
+#if defined(__CUDACC__)
+  return __fdividef(1, x);
+#else
+  return 1 / x;
+#endif
+}
+FORDE_INLINE float inverse_root(float x) {
+#if defined(__CUDACC__)
+  return rsqrtf(x);
+#else
+  return 1 / std::sqrt(x);
+#endif
+}
 FORDE_INLINE double inverse_root(double x) {
 #if defined(__CUDACC__)
-  return rsqrt(x);  // a tenth of the instructions
+  return rsqrt(x);
 #else
   return 1 / std::sqrt(x);
 #endif

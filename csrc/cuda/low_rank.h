@@ -17,14 +17,14 @@ constexpr int kTileRows = kGroup * kLowRankMembers;
 constexpr int kColumns = 64;  // that pass through shared memory together
 constexpr int kMostRank = 256;
 constexpr int kFactorRows = 128;
-// The first warps of a block multiply, the others work on rows.
-constexpr int kProductThreads = 128, kRowThreads = 32 * kGroup, kLowRankThreads = kProductThreads + kRowThreads;
-constexpr int kProductRegisters = 200, kRowRegisters = 152;  // of a thread
+// The first warps of a block multiply, the next ones work on rows, and one of the last four asks for copies.
+constexpr int kProductThreads = 128, kRowThreads = 32 * kGroup, kCopyThreads = 128, kLowRankThreads = kProductThreads + kRowThreads + kCopyThreads;
+constexpr int kProductRegisters = 200, kRowRegisters = 144, kCopyRegisters = 24;  // of a thread
 // Of contrasts in float16, which ends at 32 of them: contrasts are at most 2.5 times as long as rows, and these less
 // than 1 / kLeastRho.
 constexpr float kHalfUnit = 2048;
 constexpr double kLeastRho = 0.125, kMostRho = 4;
-static_assert(kProductThreads * kProductRegisters + kRowThreads * kRowRegisters <= 65536, "");
+static_assert(kProductThreads * kProductRegisters + kRowThreads * kRowRegisters + kCopyThreads * kCopyRegisters <= 65536, "");
 
 struct LowRank {
   const float* particles;  // [M, G, D], 2 <= M <= kLowRankMembers; D and the strides are multiples of 4
@@ -45,7 +45,7 @@ struct LowRankWorkspace {
   int64_t rows;    // double [M, blocks]: sums of a block's kernel values
   int64_t again;   // int: whether provisional norms were not good enough
   int64_t pairs;   // float [items, kGroup, 64]: distances of pairs without C, and squares of rows behind them
-  int64_t x;       // float [items, kTileRows, K]: contrasts times the factor, in the order of place_of_sum
+  int64_t x;       // float [items, kTileRows, K]: contrasts times the factor, a SumsOfSample for each of an item
   int64_t norms;   // float [G, 10]: provisional 1 / norm
   int64_t y;       // half [groups of samples, K / 8, kTileRows, 8]: x mixed by the weights, in units of its row
   int64_t mixing;  // float [G, 10, kMixing]: what low_rank_rule.h says

@@ -1,7 +1,7 @@
 // The way down of low_rank_kernel.h: x^T [K, rows] = F^T [K, D] z^T [D, rows] of contrasts z, and distances without F.
 //
 // A warp for each sample finds its rows' distances from differences and hands contrasts on in float16; the other warps
-// multiply by them, one tile of columns behind, and have rows and F copied.
+// multiply by them, one tile of columns behind.
 #pragma once
 
 #include "low_rank_item.h"
@@ -27,15 +27,13 @@ struct SharedDown {
 };
 
 template <int kRank, class Block>
-struct MultiplyDown {
+struct CopyDown {
   const Block& block;
   const LowRank& f;
   const LowRankPlan& p;
   SharedDown<kRank>& shared;
   ArrivalsDown& arrivals;
   int turn = 0;  // tiles of the items before
-
-  static constexpr int kTiles = kRank / 64;  // of 64 rows of x^T
 
   FORDE_INLINE void copy_rows(const Range& own, int tile) const {
     forde_fast::copy_rows(block, arrivals.rows, shared.rows, own, turn, tile);
@@ -46,7 +44,40 @@ struct MultiplyDown {
 
   // The first rows: before all else, as code and what norms are found from take long to come too, and all the other copies
   // would delay these.
-  FORDE_INLINE void start(int item) const { copy_rows(range(f, p, item), 0); }
+  FORDE_INLINE void start(int item) const {
+    if (block.thread() == kCopier) copy_rows(range(f, p, item), 0);
+  }
+
+  FORDE_INLINE void run(int item) {
+    const Range own = range(f, p, item);
+    const bool asks = block.thread() == kCopier;
+    if (turn > 0) {
+      block.sync(kFound, kProductAndCopyThreads);  // the last item's products
+      start(item);
+    }
+    static_assert(kRowStages == kFactorStages - 1, "");
+    FORDE_ROLLED for (int n = 0; n < kRowStages && asks; ++n) {
+      if (n > 0) copy_rows(own, n);
+      copy_factor(own, n);
+    }
+    FORDE_ROLLED for (int tile = 0; tile < own.tiles(); ++tile) {
+      block.sync(kFull + tile % 2, kLowRankThreads);  // its rows were read, and the last products found
+      if (asks) copy_factor(own, tile + kFactorStages - 1), copy_rows(own, tile + kRowStages);
+    }
+    turn += own.tiles();
+  }
+};
+
+template <int kRank, class Block>
+struct MultiplyDown {
+  const Block& block;
+  const LowRank& f;
+  const LowRankPlan& p;
+  SharedDown<kRank>& shared;
+  ArrivalsDown& arrivals;
+  int turn = 0;
+
+  static constexpr int kTiles = kRank / 64, kHalf = kLowRankMembers / 2;  // of 64 rows of x^T
 
   FORDE_INLINE void multiply(int tile, float (&x)[kTiles][40]) const {
     const Operand factor = block.uniform(Operand{shared.factor[(turn + tile) % kFactorStages].numbers(), 128, kRank * 16});
@@ -59,55 +90,36 @@ struct MultiplyDown {
   }
 
   FORDE_INLINE void run(int item) {
-    const Range own = range(f, p, item);
-    const int tiles = own.tiles();
+    const int tiles = range(f, p, item).tiles();
     float x[kTiles][40] = {};
-    if (turn == 0) block.sync();  // arrivals are there, and what norms are found from
-    if (block.thread() == 0) {    // who wrote the last item's sums
-      if (turn > 0) start(item);
-      static_assert(kRowStages == kFactorStages - 1, "");
-      FORDE_ROLLED for (int n = 0; n < kRowStages; ++n) {
-        if (n > 0) copy_rows(own, n);
-        copy_factor(own, n);
-      }
-    }
-    for (int n = 0; n < 2 && n < tiles; ++n) block.arrive(kEmpty + n, kLowRankThreads);
+    if (turn > 0) block.sync(kFound, kProductAndCopyThreads);
+    for (int n = 0; n < 2 && n < tiles; ++n) block.arrive(kEmpty + n, kProductThreads + kRowThreads);
     FORDE_ROLLED for (int tile = 0; tile < tiles; ++tile) {
       arrivals.factor.wait(block, turn + tile);
       block.sync(kFull + tile % 2, kLowRankThreads);  // z is there, its rows were read, the last products found
       multiply(tile, x);
-      if (block.thread() == 0) copy_rows(own, tile + kRowStages), copy_factor(own, tile + kFactorStages - 1);
       if (tile + 2 < tiles) {
         block.template wait_for_products_but<0>();
-        block.arrive(kEmpty + tile % 2, kLowRankThreads);
+        block.arrive(kEmpty + tile % 2, kProductThreads + kRowThreads);
       }
     }
     turn += tiles;
     write(item, x);
   }
 
-  // Tile after tile as it is found, by shared memory: where rows were and behind them F, which is free after the last.
+  // Tile after tile as it is found: of each sample fours of two columns, eight apart, of two rows, so that lanes write 128
+  // bytes together: SumsOfSample.
   template <int kTile = 0>
   FORDE_INLINE void write(int item, float (&x)[kTiles][40]) const {
-    constexpr int kCount = kTileRows / 2 * 64, kBytes = kCount * sizeof(Two);
-    static_assert((kTiles - 1) * kBytes <= sizeof shared.rows && kBytes <= sizeof shared.factor, "");
-    const int lane = block.thread() % 32, column = block.thread() / 32 * 16 + lane / 4;  // and 8 more
-    Two* const sums = reinterpret_cast<Two*>(shared.rows) + kTile * kCount;
+    const int lane = block.thread() % 32, warp = block.thread() / 32;
+    auto* const sums = workspace<SumsOfSample<kRank>>(f, p.at.x) + int64_t(item) * kGroup + lane % 4 * 2;
     block.template wait_for_products<kTiles - 1 - kTile>(x[kTile]);
-    if (kTile == kTiles - 1) block.sync(kProductBarrier, kProductThreads);
-    FORDE_UNROLL for (int half = 0; half < 2; ++half) {
-      Two* own = sums + place_of_sum(lane % 4, column + half * 8);
-      FORDE_UNROLL for (int k = 0; k < 10; ++k)  // of each eight rows lane % 4 * 2 and the next
-        own[k * 4 * 64] = {{x[kTile][4 * k + 2 * half], x[kTile][4 * k + 2 * half + 1]}};
-    }
-    block.fence();
-    block.sync(kProductBarrier, kProductThreads);
-    if (block.thread() == 0) block.write(workspace<char>(f, p.at.x) + (int64_t(item) * kTiles + kTile) * kBytes, sums, kBytes);
-    if constexpr (kTile + 1 < kTiles) {
+    FORDE_UNROLL for (int k = 0; k < kTileRows / 8; ++k)
+      sums[k / kHalf].of[kTile][k % kHalf][warp * 8 + lane / 4] = {{x[kTile][4 * k], x[kTile][4 * k + 1], x[kTile][4 * k + 2], x[kTile][4 * k + 3]}};
+    if constexpr (kTile + 1 < kTiles)
       write<kTile + 1>(item, x);
-    } else if (block.thread() == 0) {
-      block.wait_for_writes();
-    }
+    else
+      block.sync(kProductBarrier, kProductThreads);  // shared memory is free
   }
 };
 
@@ -143,9 +155,9 @@ struct RowsDown {
   FORDE_INLINE void find_norms(const Range& range, bool there, bool exact, const float (&x)[kRows], float (&r)[kRows]) const {
     float total[1];
     add_over_warp(block, x, total);
-    const float norm = sqrtf(float(f.eps) + total[0] * (exact ? 1 : p.scale));
+    const float square = float(f.eps) + total[0] * (exact ? 1 : p.scale);
     const bool own_row = there && warps.lane() < f.members;
-    const float own = own_row ? norm < INFINITY ? 1 / norm : NAN : 0;  // a row that overflowed is not one of zeros
+    const float own = own_row ? square < INFINITY ? inverse_root(square) : NAN : 0;  // a row that overflowed is not one of zeros
     if (warps.lane() < kRows && range.from == 0)
       workspace<float>(f, p.at.norms)[int64_t(range.first + warps.warp()) * kRows + warps.lane()] = own;
     FORDE_UNROLL for (int m = 0; m < kRows; ++m) r[m] = block.from_lane(own, m) * kHalfUnit;
@@ -190,9 +202,9 @@ struct RowsDown {
       TwoHalves z[kRows];
       load(tile, rows);
       add_pairs(rows, r, sums, z);
-      block.sync(kEmpty + tile % 2, kLowRankThreads);
-      char* out = shared.z[tile % 2] + warps.lane() / 4 * SharedDown<kRank>::kContrasts + warps.warp() * kRows * 16 + warps.lane() % 4 * 4;
-      FORDE_UNROLL for (int m = 0; m < kRows; ++m) *reinterpret_cast<TwoHalves*>(out + m * 16) = z[m];
+      block.sync(kEmpty + tile % 2, kProductThreads + kRowThreads);
+      char* out = shared.z[tile % 2] + warps.lane() / 4 * SharedDown<kRank>::kContrasts + place_of_row(warps.warp(), 0) * 16 + warps.lane() % 4 * 4;
+      FORDE_UNROLL for (int m = 0; m < kRows; ++m) *reinterpret_cast<TwoHalves*>(out + place_of_row(0, m) * 16) = z[m];
       block.fence();
       block.arrive(kFull + tile % 2, kLowRankThreads);
     }

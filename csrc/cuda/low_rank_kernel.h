@@ -35,6 +35,8 @@ struct LowRankKernel {
     float scale[kRows];  // -2 / G / rows
     ArrivalsDown down;
     ArrivalsUp up;
+    Ring<2> sums;
+    bool again[2];  // as those that multiply know it, and those that work on rows
   };
   static constexpr int kSmall = 384;  // of which copies of rows want a multiple of 128
   FORDE_INLINE Small& small() const { return *reinterpret_cast<Small*>(memory); }
@@ -50,29 +52,34 @@ struct LowRankKernel {
     return reinterpret_cast<RuleOfSample&>(y);
   }
 
-  // Whether the way down is to be repeated with exact norms.
+  FORDE_INLINE SumsOfSplits<kRank>& room_of_sums() const {
+    auto& up = room<SharedUp<kRank>>();  // all of which comes later
+    static_assert(sizeof(SumsOfSplits<kRank>) <= sizeof up.rows + sizeof up.factor, "");
+    return reinterpret_cast<SumsOfSplits<kRank>&>(up);
+  }
+
+  // Whether the way down is to be repeated with exact norms. To be asked by few: they all read the same place.
   FORDE_INLINE bool again(bool exact) const { return !exact && *workspace<int>(f, p.at.again) != 0; }
 
-  FORDE_INLINE void multiply() const {
-    MultiplyDown<kRank, Block> down{block, f, p, room<SharedDown<kRank>>(), small().down};
-    MultiplyUp<kRank, Block> up{block, f, p, room<SharedUp<kRank>>(), small().up};
-    const RuleWithoutF<Block> rule{block, f, p, room_of_rule()};
+  FORDE_INLINE void ask_for_copies() const {
+    CopyDown<kRank, Block> down{block, f, p, room<SharedDown<kRank>>(), small().down};
+    CopyUp<kRank, Block> up{block, f, p, room<SharedUp<kRank>>(), small().up};
+    block.sync();  // arrivals are there, and what norms are found from
     FORDE_ROLLED for (bool exact = false;; exact = true) {
       FORDE_ROLLED for (int item = block.index(); item < p.items; item += block.blocks()) down.run(item);
-      rule.clear();
       block.sync_grid();
       FORDE_ROLLED for (int sample = block.index(); sample < f.groups; sample += block.blocks()) {
-        rule.find(sample);
         block.sync();
-        if (sample == block.index()) up.start(block.index());  // behind the sums, which are waited for
+        if (sample + block.blocks() >= f.groups) up.start(block.index());  // behind the sums, to where they were
         block.sync();
       }
       if (block.index() >= f.groups) up.start(block.index());
-      block.fence();  // y comes to where the rule is
       block.sync_grid();
       up.copy_mixed(block.index());
-      if (!again(exact)) break;
-      up.drop(block.index());
+      if (block.thread() == kCopier) small().again[0] = again(exact);
+      block.sync(kFound, kProductAndCopyThreads);
+      if (!small().again[0]) break;
+      if (block.index() < p.items) up.turns.drop(range(f, p, block.index()).tiles());
       block.sync();
     }
     FORDE_ROLLED for (int item = block.index(); item < p.items; item += block.blocks()) {
@@ -85,13 +92,41 @@ struct LowRankKernel {
     }
   }
 
+  FORDE_INLINE void multiply() const {
+    MultiplyDown<kRank, Block> down{block, f, p, room<SharedDown<kRank>>(), small().down};
+    MultiplyUp<kRank, Block> up{block, f, p, room<SharedUp<kRank>>(), small().up};
+    const RuleWithoutF<Block> rule{block, f, p, room_of_rule()};
+    block.sync();
+    FORDE_ROLLED for (;;) {
+      FORDE_ROLLED for (int item = block.index(); item < p.items; item += block.blocks()) down.run(item);
+      rule.clear();
+      block.sync_grid();
+      FORDE_ROLLED for (int sample = block.index(); sample < f.groups; sample += block.blocks()) {
+        rule.find(sample);
+        block.sync();
+        block.sync();
+      }
+      block.fence();  // y comes to where the rule is
+      block.sync_grid();
+      block.sync(kFound, kProductAndCopyThreads);
+      if (!small().again[0]) break;
+      if (block.index() < p.items) up.drop(block.index());
+      block.sync();
+    }
+    FORDE_ROLLED for (int item = block.index(); item < p.items; item += block.blocks()) {
+      if (item >= block.blocks()) block.sync();
+      up.run(item);
+    }
+  }
+
   FORDE_INLINE void work_on_rows() const {
     const RowWarps<Block> warps{block};
     RowsDown<kRank, Block> down{block, f, p, room<SharedDown<kRank>>(), small().down};
     RowsUp<kRank, Block> up{block, f, p, room<SharedUp<kRank>>(), small().up};
     double* const of_blocks = workspace<double>(f, p.at.rows);
-    LowRankRule<kRank, Block> rule{warps, f, p, room_of_rule(), small().rows};
+    LowRankRule<kRank, Block> rule{warps, f, p, room_of_rule(), small().rows, room_of_sums(), small().sums};
     typename RowsUp<kRank, Block>::Mixing mixing;
+    if (block.index() >= p.items) block.sync();  // arrivals are there
     FORDE_ROLLED for (bool exact = false;; exact = true) {
       if (warps.thread() < kRows) small().rows[warps.thread()] = 0;
       FORDE_ROLLED for (int item = block.index(); item < p.items; item += block.blocks()) down.run(item, exact);
@@ -107,11 +142,11 @@ struct LowRankKernel {
       write_rows(warps, of_blocks, f.members, small().rows);
       block.fence();  // y comes to where the rule is, or the first tiles once more
       block.sync_grid();
-      const bool repeat = again(exact);  // on its way together with these and the sums
+      if (warps.thread() == kRowThreads - 1) small().again[1] = again(exact);
       mixing = up.load_mixing(block.index());
       add_over_blocks<kRowThreads>(warps, of_blocks, f.members, f.groups, small().rows, small().scale);
-      if (!repeat) break;
-      up.drop(block.index());
+      if (!small().again[1]) break;
+      if (block.index() < p.items) up.turns.drop(range(f, p, block.index()).tiles());
       block.sync();
     }
     FORDE_ROLLED for (int item = block.index(); item < p.items; item += block.blocks()) {
@@ -130,19 +165,22 @@ struct LowRankKernel {
 
   FORDE_INLINE void run() const {
     if (block.thread() == kProductThreads) block.prefetch_rows();
-    if (block.thread() == 0) {
+    if (block.thread() == kCopier) {
       if (block.index() == 0) *workspace<int>(f, p.at.again) = 0;
       small().down.rows.init(block), small().down.factor.init(block);
-      small().up.rows.init(block), small().up.factor.init(block), small().up.y.init(block);
+      small().up.rows.init(block), small().up.factor.init(block), small().up.y.init(block), small().sums.init(block);
       block.fence();
-      if (block.index() < p.items) MultiplyDown<kRank, Block>{block, f, p, room<SharedDown<kRank>>(), small().down}.start(block.index());
+      if (block.index() < p.items) CopyDown<kRank, Block>{block, f, p, room<SharedDown<kRank>>(), small().down}.start(block.index());
     }
     if (block.thread() < kProductThreads) {
       block.template take_registers<kProductRegisters>();
       multiply();
-    } else {
-      block.template leave_registers<kRowRegisters>();
+    } else if (block.thread() < kCopier) {
+      block.template take_registers<kRowRegisters>();
       work_on_rows();
+    } else {
+      block.template leave_registers<kCopyRegisters>();
+      ask_for_copies();
     }
   }
 };

@@ -34,9 +34,15 @@ struct RuleOfSample {
   alignas(16) float x[kRows + 1][kMostRank];  // rows of s^T F less what all lack; and twice row 0 as it is
 };
 
-constexpr int kSplits = 8;  // whose sums are on their way at once
+constexpr int kSplits = 8;  // whose sums come together
 
-// By the warps that multiply.
+// Where sums come to before the rule is found.
+template <int kRank>
+struct SumsOfSplits {
+  SumsOfSample<kRank> of[2][kSplits];
+};
+
+// By the last two of the warps that multiply.
 template <class Block>
 struct RuleWithoutF {
   const Block& block;
@@ -44,12 +50,13 @@ struct RuleWithoutF {
   const LowRankPlan& p;
   RuleOfSample& rule;
 
-  static constexpr int kRows = kLowRankMembers, kPairs = kLowRankPairs;
+  static constexpr int kRows = kLowRankMembers, kPairs = kLowRankPairs, kThreads = 64;
+
+  FORDE_INLINE int thread() const { return block.thread() - (kProductThreads - kThreads); }
 
   // Sums over the splits, a thread's pair or square; and 1 / norm.
   FORDE_INLINE void add_splits(int sample) const {
-    const int thread = block.thread();
-    if (thread >= 64) return;
+    const int thread = this->thread();
     const bool squares = thread >= kPairs && thread < kPairs + kRows;
     const double r = squares ? workspace<float>(f, p.at.norms)[sample * kRows + thread - kPairs] : 0;
     const float* pairs = workspace<float>(f, p.at.pairs) + (int64_t(sample / kGroup) * p.splits * kGroup + sample % kGroup) * 64 + thread;
@@ -75,21 +82,21 @@ struct RuleWithoutF {
   }
 
   FORDE_INLINE void find(int sample) const {
-    const unsigned thread = block.thread(), i = thread / kRows, j = thread % kRows;
-    static_assert(rule.kSquare <= kProductThreads, "");
+    const int thread = this->thread(), i = thread % kRows, apart = thread / kRows + 1, j = (i + apart) % kRows;
+    if (thread < 0) return;
     add_splits(sample);
-    block.sync(kProductBarrier, kProductThreads);
-    if (thread < kRows) rule.beyond[thread] = float(rule.rho[thread] - rule.rho[0]);
-    const unsigned M = f.members;
-    if (i >= M || j >= M) return;
-    double near = 0;
-    if (i != j) {
-      const double a = rule.rho[i], b = rule.rho[j], of_pair = a * b * rule.sums_near[i < j ? pair(i, j) : pair(j, i)];
-      near = of_pair + (a - b) * (a * rule.sums_near[kPairs + i] - b * rule.sums_near[kPairs + j]);
-      near = near < 0 ? 0 : near;  // NaN stays NaN
-      if (of_pair > 4 * near) *workspace<int>(f, p.at.again) = 1;
+    block.sync(kRuleBarrier, kThreads);
+    if (thread < kRows) {
+      rule.beyond[thread] = float(rule.rho[thread] - rule.rho[0]);
+      rule.near[thread * (kRows + 1)] = 0;
     }
-    rule.near[thread] = near;
+    if (i >= f.members || j >= f.members || apart > kRows / 2) return;
+    const double a = rule.rho[i], b = rule.rho[j], of_pair = a * b * rule.sums_near[i < j ? pair(i, j) : pair(j, i)];
+    double near = of_pair + (a - b) * (a * rule.sums_near[kPairs + i] - b * rule.sums_near[kPairs + j]);
+    near = near < 0 ? 0 : near;  // NaN stays NaN
+    if (of_pair > 4 * near) *workspace<int>(f, p.at.again) = 1;
+    rule.near[i * kRows + j] = near;
+    if (apart < kRows / 2) rule.near[j * kRows + i] = near;
   }
 };
 
@@ -101,24 +108,50 @@ struct LowRankRule {
   const LowRankPlan& p;
   RuleOfSample& rule;
   double* const rows;  // sums of kernel values over j and the block's samples
+  SumsOfSplits<kRank>& sums;
+  Ring<2>& arrivals;
+  int turn = 0;
 
   static constexpr int kRows = kLowRankMembers;
 
-  // The rows of x, a column for each thread: sums over the splits.
-  FORDE_INLINE void find_rows(int sample, float (&x)[kRows]) const {
-    constexpr int kItem = kTileRows / 2 * kRank;
-    const unsigned place = unsigned(sample) % kGroup, thread = unsigned(block.thread()) % kRank;
-    const Two* from = workspace<Two>(f, p.at.x) + int64_t(unsigned(sample) / kGroup) * p.splits * kItem;
-    const Two* rows[kRows / 2];
-    FORDE_UNROLL for (int m = 0; m < kRows / 2; ++m) rows[m] = from + place_of_sum(place * (kRows / 2) + m, thread);
-    FORDE_ROLLED for (int split = 0; split < p.splits; split += kSplits) {
-      Two part[kSplits][kRows / 2];
-      FORDE_UNROLL for (int n = 0; n < kSplits; ++n)
-        FORDE_UNROLL for (int m = 0; m < kRows / 2; ++m) part[n][m] = split + n < p.splits ? rows[m][n * kItem] : Two{};
-      FORDE_UNROLL for (int n = 0; n < kSplits; ++n)
-        FORDE_UNROLL for (int m = 0; m < kRows; ++m) x[m] += part[n][m / 2].of[m % 2];
-      FORDE_UNROLL for (int m = 0; m < kRows / 2; ++m) rows[m] += kSplits * kItem;
+  // The column whose sums a thread finds; those of two that are read together are eight apart.
+  FORDE_INLINE int own_column() const {
+    const int thread = block.thread() % kRank;
+    return thread / 16 * 16 + thread % 2 * 8 + thread / 2 % 8;
+  }
+
+  // The sums of some splits, from `round` on; none behind the last.
+  FORDE_INLINE void copy_sums(int sample, int round) const {
+    const int splits = p.splits - round * kSplits, bytes = sizeof(SumsOfSample<kRank>);
+    if (splits <= 0) return;
+    const int count = splits < kSplits ? splits : kSplits;
+    const auto* from = workspace<SumsOfSample<kRank>>(f, p.at.x) + (int64_t(sample / kGroup) * p.splits + round * kSplits) * kGroup + sample % kGroup;
+    Arrival* arrival = arrivals.expect(block.block, turn + round, count * bytes);
+    FORDE_ROLLED for (int n = 0; n < count; ++n) block.block.copy(&sums.of[(turn + round) % 2][n], from + n * kGroup, bytes, arrival);
+  }
+
+  // The rows of x: sums over the splits.
+  FORDE_INLINE void find_rows(int sample, float (&x)[kRows]) {
+    const int thread = block.thread() % kRank, rounds = (p.splits + kSplits - 1) / kSplits;
+    if (block.thread() == 0) {
+      block.block.fence_of_global();
+      copy_sums(sample, 0), copy_sums(sample, 1);
     }
+    FORDE_ROLLED for (int round = 0; round < rounds; ++round) {
+      arrivals.wait(block.block, turn + round);
+      const SumsOfSample<kRank>* own = sums.of[(turn + round) % 2];
+      FORDE_UNROLL for (int n = 0; n < kSplits; ++n) {
+        if (round * kSplits + n >= p.splits) break;
+        FORDE_UNROLL for (int m = 0; m < kRows / 2; ++m) {
+          const Two part = reinterpret_cast<const Two*>(own[n].of[thread / 64][m])[thread % 64];
+          x[2 * m] += part.of[0], x[2 * m + 1] += part.of[1];
+        }
+      }
+      if (round + 2 >= rounds) continue;
+      block.sync();
+      if (block.thread() == 0) copy_sums(sample, round + 2);
+    }
+    turn += rounds;
   }
 
   // From contrasts to the rows of x up to what all lack.
@@ -168,7 +201,7 @@ struct LowRankRule {
     const double far = own && i != j ? rule.far[thread] : 0, near = own ? rule.near[thread] : 0;
     const auto missing = [&](unsigned n) { return f.eps * rule.r[n] * rule.r[n]; };  // 1 - |s_n|^2
     const float half = own ? float(0.5 * (p.far_unit * (far + rule.growth[i] - rule.growth[j]) + f.tail * (near + missing(j) - missing(i)))) : 0;
-    const float length = sqrtf(float(far));
+    const float length = far > 0 ? float(far) * inverse_root(float(far)) : 0;
     const float d = near == 0 ? 0 : float(p.far_unit * far + f.tail * near);  // equal rows have no distance
     if (thread < rule.kSquare) rule.d[thread] = own ? d : INFINITY;
     if (own) f.distances[(i * M + j) * f.groups + sample] = d;
@@ -176,8 +209,8 @@ struct LowRankRule {
     if (own) find_median(rule.d + j, kRows, kRows, M, i, rule.lower[j], rule.upper[j]);
     block.sync();
     if (own) {
-      const float h = multiply_add(rule.lower[j] + rule.upper[j], p.per_median, 1e-12f), inverse = 1 / h;
-      const float kernel = expf(-d * inverse), w = d == 0 ? 0 : kernel * inverse;
+      const float h = multiply_add(rule.lower[j] + rule.upper[j], p.per_median, 1e-12f), per_h = inverse(h);
+      const float kernel = expf(-d * per_h), w = d == 0 ? 0 : kernel * per_h;
       rule.row(rule.kWeight, i)[j] = w;
       rule.row(rule.kKernel, i)[j] = kernel;
       rule.row(rule.kLength, i)[j] = w * length;
@@ -189,7 +222,7 @@ struct LowRankRule {
       float total = 0;
       FORDE_UNROLL for (int k = 0; k < kRows; ++k) total += rule.parts[thread * kMixing + k];
       const bool length = thread / kRows == rule.kLength;  // there may be nothing beside the kernel value 1 of the row itself
-      rule.sums[thread] = !length ? total : total < 1e-30f ? 1 : kMixedUnit / total;
+      rule.sums[thread] = !length ? total : total < 1e-30f ? 1 : kMixedUnit * inverse(total);
     }
     block.sync();
     if (thread < M) rows[thread] += rule.sum(rule.kKernel, thread);
@@ -201,7 +234,7 @@ struct LowRankRule {
     const unsigned i = unsigned(block.thread()) / kMixing, n = unsigned(block.thread()) % kMixing;
     if (i >= unsigned(f.members)) return;
     float x = -rule.sum(rule.kAligned, i);
-    if (n == kRows) x = p.mixed_unit / rule.sum(rule.kLength, i);
+    if (n == kRows) x = p.mixed_unit * inverse(rule.sum(rule.kLength, i));
     if (n == kRows + 1) x = rule.r[i];
     if (n >= 1 && n < kRows)
       x = float(f.tail) * ((n == i ? rule.sum(rule.kWeight, i) : 0) - rule.row(rule.kWeight, i)[n]) + (n == i ? x : 0);
@@ -210,14 +243,15 @@ struct LowRankRule {
 
   // The rows of y, as the matrix units want them.
   FORDE_INLINE void write_mixed(int sample, const float (&x)[kRows]) const {
-    const int column = block.thread(), row = sample % kGroup * kRows;
-    if (column >= kRank) return;
-    Half* y = workspace<Half>(f, p.at.y) + int64_t(sample / kGroup) * kTileRows * kRank + column / 8 * (kTileRows * 8) + row * 8 + column % 8;
-    FORDE_ROLLED for (int i = 0; i < f.members; i += 2, y += 16) {  // two, of which none waits for the other
+    const int thread = block.thread(), column = own_column();
+    if (thread >= kRank) return;
+    Half* y = workspace<Half>(f, p.at.y) + int64_t(sample / kGroup) * kTileRows * kRank + column / 8 * (kTileRows * 8) +
+              place_of_row(sample % kGroup, 0) * 8 + column % 8;
+    FORDE_ROLLED for (int i = 0; i < f.members; i += 2, y += 64) {  // two, of which none waits for the other
       float total[2] = {}, own[2];
       Four weights[2][kMixing / 4];
       FORDE_UNROLL for (int n = 0; n < 2; ++n) {
-        own[n] = rule.x[i + n][column];
+        own[n] = rule.x[i + n][thread];
         FORDE_UNROLL for (int k = 0; k < kMixing / 4; ++k) weights[n][k] = load_four(rule.row(rule.kWeight, i + n) + 4 * k);
       }
       FORDE_UNROLL for (int j = 0; j < kRows; ++j)

@@ -1,6 +1,6 @@
 // The way up of low_rank_kernel.h: gradient^T [D, rows] = F [D, K] y^T [K, rows] and the tail's part, from the rows.
 //
-// The warps that multiply have rows and F copied, and leave a tile's products where its rows were. Of the others each
+// The warps that multiply leave a tile's products where its rows were. Of the others each
 // half has every second tile, and a warp two samples: it mixes the tail's part meanwhile and writes both.
 #pragma once
 
@@ -28,6 +28,65 @@ struct SharedUp {
 
 constexpr int kHalfThreads = kProductThreads + kRowThreads / 2;  // that wait for each other's products or rows
 
+// Tiles before an item's, of rows and of F, and items; the same for all that wait for copies.
+struct TurnsUp {
+  int rows = 0, factor = 0, y = 0;
+
+  // Past an item whose first copies alone were asked for.
+  FORDE_INLINE void drop(int tiles) {
+    rows += tiles < kRowStagesUp ? tiles : kRowStagesUp;
+    factor += tiles < kFactorStagesUp - 1 ? tiles : kFactorStagesUp - 1;
+    ++y;
+  }
+  FORDE_INLINE void pass(int tiles) { rows += tiles, factor += tiles, ++y; }
+};
+
+template <int kRank, class Block>
+struct CopyUp {
+  const Block& block;
+  const LowRank& f;
+  const LowRankPlan& p;
+  SharedUp<kRank>& shared;
+  ArrivalsUp& arrivals;
+  TurnsUp turns = {};
+
+  FORDE_INLINE void copy_rows(const Range& own, int tile) const {
+    forde_fast::copy_rows(block, arrivals.rows, shared.rows, own, turns.rows, tile);
+  }
+  FORDE_INLINE void copy_factor(const Range& own, int tile) const {
+    forde_fast::copy_factor(block, f, arrivals.factor, shared.factor, own, turns.factor, tile);
+  }
+
+  // These need not wait for the rule.
+  FORDE_INLINE void start(int item) const {
+    if (item >= p.items || block.thread() != kCopier) return;
+    const Range own = range(f, p, item);
+    FORDE_ROLLED for (int n = 0; n < kRowStagesUp; ++n) {
+      copy_rows(own, n);
+      if (n < kFactorStagesUp - 1) copy_factor(own, n);
+    }
+  }
+  FORDE_INLINE void copy_mixed(int item) const {
+    if (item >= p.items || block.thread() != kCopier) return;
+    const Range own = range(f, p, item);
+    block.fence_of_global();
+    Arrival* arrival = arrivals.y.expect(block, turns.y, sizeof shared.y);
+    block.copy(shared.y, workspace<char>(f, p.at.y) + int64_t(own.first / kGroup) * sizeof shared.y, sizeof shared.y, arrival);
+  }
+
+  FORDE_INLINE void run(int item) {
+    const Range own = range(f, p, item);
+    const bool asks = block.thread() == kCopier;
+    FORDE_ROLLED for (int tile = 0; tile < own.tiles(); ++tile) {
+      block.sync(kFound, kProductAndCopyThreads);  // the last tile's products
+      if (asks) copy_factor(own, tile + 2);
+      block.sync(kEmpty + tile % 2, kHalfThreads + kCopyThreads);  // the products two tiles before have been read
+      if (tile >= 2 && asks) copy_rows(own, tile + 2);
+    }
+    turns.pass(own.tiles());
+  }
+};
+
 template <int kRank, class Block>
 struct MultiplyUp {
   const Block& block;
@@ -35,63 +94,35 @@ struct MultiplyUp {
   const LowRankPlan& p;
   SharedUp<kRank>& shared;
   ArrivalsUp& arrivals;
-  int row_turn = 0, factor_turn = 0, y_turn = 0;  // tiles before, and items
+  TurnsUp turns = {};
 
-  FORDE_INLINE void copy_rows(const Range& own, int tile) const {
-    forde_fast::copy_rows(block, arrivals.rows, shared.rows, own, row_turn, tile);
-  }
-  FORDE_INLINE void copy_factor(const Range& own, int tile) const {
-    forde_fast::copy_factor(block, f, arrivals.factor, shared.factor, own, factor_turn, tile);
-  }
-
-  // These need not wait for the rule.
-  FORDE_INLINE void start(int item) const {
-    if (item >= p.items || block.thread() != 0) return;
-    const Range own = range(f, p, item);
-    FORDE_ROLLED for (int n = 0; n < kRowStagesUp; ++n) {
-      copy_rows(own, n);
-      if (n < kFactorStagesUp - 1) copy_factor(own, n);
-    }
-  }
   // Nothing of this is on its way any more.
   FORDE_INLINE void drop(int item) {
-    if (item >= p.items) return;
-    constexpr int kFactors = kFactorStagesUp - 1;
     const int tiles = range(f, p, item).tiles();
-    const int rows = tiles < kRowStagesUp ? tiles : kRowStagesUp, factors = tiles < kFactors ? tiles : kFactors;
-    arrivals.y.wait(block, y_turn++);
-    FORDE_ROLLED for (int n = 0; n < rows; ++n) arrivals.rows.wait(block, row_turn++);
-    FORDE_ROLLED for (int n = 0; n < factors; ++n) arrivals.factor.wait(block, factor_turn++);
-  }
-
-  FORDE_INLINE void copy_mixed(int item) const {
-    if (item >= p.items || block.thread() != 0) return;
-    const Range own = range(f, p, item);
-    block.fence_of_global();
-    Arrival* arrival = arrivals.y.expect(block, y_turn, sizeof shared.y);
-    block.copy(shared.y, workspace<char>(f, p.at.y) + int64_t(own.first / kGroup) * sizeof shared.y, sizeof shared.y, arrival);
+    arrivals.y.wait(block, turns.y);
+    FORDE_ROLLED for (int n = 0; n < kRowStagesUp && n < tiles; ++n) arrivals.rows.wait(block, turns.rows + n);
+    FORDE_ROLLED for (int n = 0; n < kFactorStagesUp - 1 && n < tiles; ++n) arrivals.factor.wait(block, turns.factor + n);
+    turns.drop(tiles);
   }
 
   FORDE_INLINE void run(int item) {
-    const Range own = range(f, p, item);
+    const int tiles = range(f, p, item).tiles();
     const Operand y = block.uniform(Operand{reinterpret_cast<const Half*>(shared.y), 128, kTileRows * 16});
-    arrivals.y.wait(block, y_turn++);
-    FORDE_ROLLED for (int tile = 0; tile < own.tiles(); ++tile) {
+    arrivals.y.wait(block, turns.y);
+    FORDE_ROLLED for (int tile = 0; tile < tiles; ++tile) {
       float out[40] = {};
-      const Operand factor = block.uniform(Operand{shared.factor[(factor_turn + tile) % kFactorStagesUp].numbers(), kRank * 16, 128});
-      arrivals.factor.wait(block, factor_turn + tile);
-      block.sync(kProductBarrier, kProductThreads);  // the last tile's products have been found
+      const Operand factor = block.uniform(Operand{shared.factor[(turns.factor + tile) % kFactorStagesUp].numbers(), kRank * 16, 128});
+      arrivals.factor.wait(block, turns.factor + tile);
+      block.sync(kFound, kProductAndCopyThreads);  // the last tile's products
       block.start_products();
       FORDE_UNROLL for (int k = 0; k < kRank; k += 16) block.template multiply_add<false>(out, factor.from(0, k), y.from(0, k));
       block.commit_products();
-      if (block.thread() == 0) copy_factor(own, tile + 2);
       block.wait_for_products(out);
-      block.sync(kEmpty + tile % 2, kHalfThreads);  // its rows have been read, and the products two tiles before
-      if (tile >= 2 && block.thread() == 0) copy_rows(own, tile + 2);
-      leave(shared.rows[(row_turn + tile) % kRowStagesUp], out);
+      block.sync(kEmpty + tile % 2, kHalfThreads + kCopyThreads);  // its rows have been read, and the products two tiles before
+      leave(shared.rows[(turns.rows + tile) % kRowStagesUp], out);
       block.arrive(kFull + tile % 2, kHalfThreads);
     }
-    row_turn += own.tiles(), factor_turn += own.tiles();
+    turns.pass(tiles);
   }
 
   // Of each eight rows lane % 4 * 2 and the next; in different banks by the last bits of a column.
@@ -112,16 +143,10 @@ struct RowsUp {
   const LowRankPlan& p;
   SharedUp<kRank>& shared;
   ArrivalsUp& arrivals;
-  int turn = 0;
+  TurnsUp turns = {};
   RowWarps<Block> warps{block};
 
   static constexpr int kRows = kLowRankMembers;
-
-  FORDE_INLINE void drop(int item) {
-    if (item >= p.items) return;
-    const int tiles = range(f, p, item).tiles();
-    turn += tiles < kRowStagesUp ? tiles : kRowStagesUp;
-  }
 
   // A row of `mixing` for each of the first threads; zeros where there is no such row.
   struct Mixing {
@@ -166,11 +191,12 @@ struct RowsUp {
     const float* mixing = shared.mixing[place][0];
     const int64_t sample = own.first + place, next = f.groups * f.columns;
     FORDE_ROLLED for (int tile = half; tile < own.tiles(); tile += 2) {
-      const float* rows = shared.rows[(turn + tile) % kRowStagesUp].of[place * kRows];
+      const float* rows = shared.rows[(turns.rows + tile) % kRowStagesUp].of[place * kRows];
+      const float* products = shared.rows[(turns.rows + tile) % kRowStagesUp].of[place_of_row(place, 0)] + (column ^ (place / 2 * 8));
       Four s[kRows];
-      arrivals.rows.wait(block, turn + tile);
+      arrivals.rows.wait(block, turns.rows + tile);
       FORDE_UNROLL for (int m = 0; m < kRows; ++m) s[m] = load_four(rows + m * kColumns + column);
-      block.arrive(kEmpty + half, kHalfThreads);
+      block.arrive(kEmpty + half, kHalfThreads + kCopyThreads);
       FORDE_UNROLL for (int m = 0; m < kRows; ++m)
         FORDE_UNROLL for (int v = 0; v < 4; ++v) {
           s[m].of[v] *= mixing[m * kMixing + kMixing - 1];
@@ -184,7 +210,7 @@ struct RowsUp {
         const auto load = [&](int i) {
           OfRow row;
           FORDE_UNROLL for (int n = 0; n < kMixing / 4; ++n) row.weights[n] = load_four(mixing + i * kMixing + 4 * n);
-          row.product = load_four(rows + i * kColumns + (column ^ ((place * (kRows / 2) + i / 2) % 4 * 8)));
+          row.product = load_four(products + place_of_row(0, i) * kColumns);
           return row;
         };
         // A row's numbers are on their way while the one before is mixed. Where a last row has none beside it, what is
@@ -199,7 +225,7 @@ struct RowsUp {
         }
       }
     }
-    turn += own.tiles();
+    turns.pass(own.tiles());
   }
 };
 
