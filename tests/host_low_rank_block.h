@@ -28,7 +28,6 @@ struct LowRankHostBlock : HostBlock<forde_fast::kLowRankThreads> {
   const forde_fast::LowRank& f;
   mutable std::vector<std::function<void()>> products = {};  // that are found as late as they may be if copies are early
   mutable std::vector<size_t> ends = {};                     // of their groups
-  mutable std::vector<std::function<void()>> writes = {};    // to global memory, as late as they may be too
 
   LowRankHostBlock(int thread, int index, int blocks, LowRankMemory& own, Barrier& grid, const forde_fast::LowRank& f)
       : HostBlock{thread, index, blocks, own, grid}, own(own), f(f) {}
@@ -86,14 +85,6 @@ struct LowRankHostBlock : HostBlock<forde_fast::kLowRankThreads> {
           shared[row * forde_fast::kColumns + k] = there ? f.particles[g * f.stride_g + m * f.stride_m + c] : 0;
         }
     });
-  }
-  void write(void* global, const void* shared, int bytes) const {
-    writes.push_back([=] { memcpy(global, shared, bytes); });
-    if (early) wait_for_writes();
-  }
-  void wait_for_writes() const {
-    for (const auto& write : writes) write();
-    writes.clear();
   }
   void fence() const {}
   void fence_of_global() const {}

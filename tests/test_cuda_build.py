@@ -13,6 +13,8 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 NVCC = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
+# Of a thread, by the kernel's size: 384 of them share 65536, or 512; else 256.
+MOST_REGISTERS = {"10": 168, "128": 128, "256": 128}
 pytestmark = pytest.mark.skipif(not Path(NVCC).exists(), reason="needs nvcc")
 
 
@@ -28,6 +30,7 @@ def test_every_kernel_for_every_chip(tmp_path):
     command = [NVCC, *flags, "-c", *sources, "-odir", tmp_path]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert "are serialized" not in done.stdout + done.stderr  # products that wait for each other
     report = (done.stdout + done.stderr).split("Compiling entry function")[1:]
     found = Counter()
     for text in report:
@@ -35,7 +38,7 @@ def test_every_kernel_for_every_chip(tmp_path):
         registers = int(re.search(r"Used (\d+) registers", text)[1])
         print(chip, text.split("'")[1], registers, "registers")
         assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in text, text
-        assert registers <= {"10": 168}.get(size, 255), text  # 384 threads share 65536, or 256
+        assert registers <= MOST_REGISTERS.get(size, 255), text
         # else it would be the trap that is compiled where the matrix units' instructions are not
         assert (registers > 100) == (chip == "sm_90a") or "low_rank" not in text, text
         assert "smem" not in text, text  # all of it is dynamic: the launcher's plan bounds it

@@ -54,12 +54,6 @@ struct LowRankBlock : DeviceBlock {
     asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, 0, %4}], [%2];"
                  ::"r"(in_shared(shared)), "l"(&rows), "r"(in_shared(arrival)), "r"(column), "r"(sample) : "memory");
   }
-  // From shared memory, by one thread, which can wait until all is there.
-  __device__ void write(void* global, const void* shared, int bytes) const {
-    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2; cp.async.bulk.commit_group;"
-                 ::"l"(global), "r"(in_shared(shared)), "r"(bytes) : "memory");
-  }
-  __device__ void wait_for_writes() const { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
   // What was written to shared memory may be read by products, and read or overwritten by copies, behind the next barrier.
   __device__ void fence() const { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
   // Copies asked for behind this read what others have written to global memory before a barrier.

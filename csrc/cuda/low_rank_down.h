@@ -107,8 +107,7 @@ struct MultiplyDown {
     write(item, x);
   }
 
-  // Tile after tile as it is found: of each sample fours of two columns, eight apart, of two rows, so that lanes write 128
-  // bytes together: SumsOfSample.
+  // Tile after tile as it is found; eight lanes write 128 bytes of a sample together.
   template <int kTile = 0>
   FORDE_INLINE void write(int item, float (&x)[kTiles][40]) const {
     const int lane = block.thread() % 32, warp = block.thread() / 32;

@@ -11,7 +11,7 @@ namespace forde_fast {
 // who wants it waits. The warps that ask for copies wait wherever a buffer of these is found to be free.
 constexpr int kProductBarrier = 1, kRowBarrier = 2, kFull = 3, kEmpty = 5, kRuleBarrier = 7, kFound = 8;
 constexpr int kProductAndCopyThreads = kProductThreads + kCopyThreads;
-constexpr int kCopier = kProductThreads + kRowThreads;  // its thread that does so
+constexpr int kCopier = kProductThreads + kRowThreads;  // the thread that does so
 
 template <class T>
 FORDE_INLINE T* workspace(const LowRank& f, int64_t offset) {
@@ -99,14 +99,14 @@ FORDE_INLINE void copy_factor(const Block& block, const LowRank& f, Ring<kStages
   block.copy(tiles[(turn + tile) % kStages].of, static_cast<const char*>(f.factor) + from, sizeof(FactorTile<kRank>), arrival);
 }
 
-// A sample's part of what the way down leaves of an item: of tiles of 64 columns and pairs of rows, 32 fours of two columns
-// eight apart, of two rows.
+// A sample's part of what the way down leaves of an item: of tiles of 64 columns of x and pairs of rows, 32 fours of two
+// columns, eight apart, by two rows.
 template <int kRank>
 struct SumsOfSample {
   Four of[kRank / 64][kLowRankMembers / 2][32];
 };
 
-// Which row of a product has the m-th row of an item's sample: of what products leave, a lane has all of two samples.
+// Where a product has the m-th row of an item's sample: so that of what it leaves a lane has all rows of two samples.
 FORDE_INLINE int place_of_row(int sample, int m) { return (sample % 2 * (kLowRankMembers / 2) + m / 2) * 8 + sample / 2 * 2 + m % 2; }
 
 }  // namespace forde_fast

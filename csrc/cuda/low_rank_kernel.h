@@ -3,8 +3,8 @@
 // Three stages with a barrier over the grid between them. The way down: contrasts in float16 times F by the matrix
 // units, while distances without C come from differences; then each sample's rule, from K columns; and the way up: what
 // is mixed of these columns times F^T by the matrix units, while the tail's part is mixed from the rows. On both ways
-// four warps of a block multiply and eight work on rows: they wait for each other's buffers only, so that copies,
-// products and arithmetic of different tiles of columns go on at once.
+// four warps of a block multiply, eight work on rows, and one asks for copies: they wait for each other's buffers only, so
+// that copies, products and arithmetic of different tiles of columns go on at once.
 //
 // Norms would take a pass over the particles of their own. The way down does with norms r' found from a few columns,
 // and sums up the squares of the rows s' = r' p: s = rho s', with rho = 1 / sqrt(|s'|^2 + eps r'^2), and so
@@ -36,7 +36,7 @@ struct LowRankKernel {
     ArrivalsDown down;
     ArrivalsUp up;
     Ring<2> sums;
-    bool again[2];  // as those that multiply know it, and those that work on rows
+    bool again[2];  // as those that multiply or copy know it, and those that work on rows
   };
   static constexpr int kSmall = 384;  // of which copies of rows want a multiple of 128
   FORDE_INLINE Small& small() const { return *reinterpret_cast<Small*>(memory); }

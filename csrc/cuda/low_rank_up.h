@@ -1,7 +1,7 @@
 // The way up of low_rank_kernel.h: gradient^T [D, rows] = F [D, K] y^T [K, rows] and the tail's part, from the rows.
 //
-// The warps that multiply leave a tile's products where its rows were. Of the others each
-// half has every second tile, and a warp two samples: it mixes the tail's part meanwhile and writes both.
+// The warps that multiply leave a tile's products where its rows were. Of those that work on rows each half has every
+// second tile, and a warp two samples: it mixes the tail's part meanwhile and writes both.
 #pragma once
 
 #include "low_rank_item.h"
@@ -28,7 +28,7 @@ struct SharedUp {
 
 constexpr int kHalfThreads = kProductThreads + kRowThreads / 2;  // that wait for each other's products or rows
 
-// Tiles before an item's, of rows and of F, and items; the same for all that wait for copies.
+// Tiles that were copied before an item's, of rows and of F, and items; all that ask or wait for copies count them.
 struct TurnsUp {
   int rows = 0, factor = 0, y = 0;
 
