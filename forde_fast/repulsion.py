@@ -387,16 +387,16 @@ def _check_norms(name: str, particles: Tensor, others: Tensor | None, normalize:
             _check_finite(particles, others, largest)
 
 
-def _check_finite(particles: Tensor, others: Tensor | None, outcome: Tensor | None = None) -> None:
+def _check_finite(particles: Tensor, others: Tensor | None, outcome: Tensor) -> None:
     """ValueError for NaN or infinity, told by `outcome`: the particles are read again only to say where."""
     if particles.is_cuda or torch.compiler.is_compiling():
         return
     alone = particles.shape[0] == 1 and others is None  # there is no pair that would show it
-    if outcome is not None and not alone and math.isfinite(outcome.item()):
+    sound = math.isfinite(outcome.item())
+    if sound and not alone:
         return
     for tensor, name in ((particles, "particles"), (others, "others")):
         if tensor is not None:
             validation.finite(tensor.detach(), name)
-    sound = outcome is None or math.isfinite(outcome.item())
     expected = "squared norms and distances within the range of their dtype"
     expect(sound, "particles", expected, "an overflow", validation.NotFinite)
