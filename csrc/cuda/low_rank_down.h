@@ -26,6 +26,7 @@ struct SharedDown {
   char z[2][kColumns / 8 * kContrasts];
 };
 
+// By the warps that ask for copies: rows and F, as far ahead as there are buffers.
 template <int kRank, class Block>
 struct CopyDown {
   const Block& block;

@@ -41,6 +41,7 @@ struct TurnsUp {
   FORDE_INLINE void pass(int tiles) { rows += tiles, factor += tiles, ++y; }
 };
 
+// By the warps that ask for copies: rows, F and y.
 template <int kRank, class Block>
 struct CopyUp {
   const Block& block;
