@@ -28,14 +28,8 @@ FORDE_INLINE float inverse(float x) {
   return 1 / x;
 #endif
 }
-FORDE_INLINE float inverse_root(float x) {
-#if defined(__CUDACC__)
-  return rsqrtf(x);
-#else
-  return 1 / std::sqrt(x);
-#endif
-}
-FORDE_INLINE double inverse_root(double x) {
+template <class T>
+FORDE_INLINE T inverse_root(T x) {
 #if defined(__CUDACC__)
   return rsqrt(x);
 #else
