@@ -103,8 +103,8 @@ struct LowRankKernel {
       block.sync_grid();
       FORDE_ROLLED for (int sample = block.index(); sample < f.groups; sample += block.blocks()) {
         rule.find(sample);
-        block.sync();
-        block.sync();
+        block.sync();  // the others have read the sums, and go on from what was found
+        block.sync();  // they are done with the sample
       }
       block.fence();  // y comes to where the rule is
       block.sync_grid();

@@ -120,7 +120,7 @@ struct LowRankRule {
     return thread / 16 * 16 + thread % 2 * 8 + thread / 2 % 8;
   }
 
-  // The sums of some splits, from `round` on; none behind the last.
+  // The sums of some splits, from `round` on; none behind the last. By the first of the threads that wait for them.
   FORDE_INLINE void copy_sums(int sample, int round) const {
     const int splits = p.splits - round * kSplits, bytes = sizeof(SumsOfSample<kRank>);
     if (splits <= 0) return;
